@@ -1,0 +1,1 @@
+"""REST, event stream, consoles and metrics over HTTP."""

@@ -1,0 +1,1 @@
+"""The agent that makes this host's VMs match their specs."""

@@ -1,0 +1,1 @@
+"""One VM is one QEMU: command line, process and QMP. Knows nothing of the store."""

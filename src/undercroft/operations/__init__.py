@@ -1,0 +1,1 @@
+"""Every verb: privilege, checks, one transaction. The only writer of specs."""

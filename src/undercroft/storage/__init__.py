@@ -1,0 +1,1 @@
+"""Images, volumes, and what is built into them."""

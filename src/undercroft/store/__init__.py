@@ -1,0 +1,1 @@
+"""Where things are written down: versioned records, transactions, watches and leases."""

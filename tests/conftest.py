@@ -1,0 +1,18 @@
+"""Marks every test `unit` or `system` by the directory it lives in."""
+
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+KINDS = ("unit", "system")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Add the marker named like the first directory below tests/."""
+    for item in items:
+        if not item.path.is_relative_to(TESTS):
+            continue
+        kind = item.path.relative_to(TESTS).parts[0]
+        if kind in KINDS:
+            item.add_marker(kind)

@@ -1,0 +1,1 @@
+"""Fast and pure tests, one directory per package of src/undercroft."""
