@@ -1,0 +1,66 @@
+"""Volumes: the disks of VMs."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import ClassVar
+
+from undercroft.model.base import Model, Record, Spec
+from undercroft.model.errors import InvalidError
+from undercroft.model.units import TiB, format_size
+
+MAX_VOLUME = 64 * TiB
+SECTOR = 512
+
+
+class VolumeState(StrEnum):
+    """Life of a volume."""
+
+    PENDING = "pending"
+    READY = "ready"
+    FAILED = "failed"
+
+
+class VolumeSpec(Spec, frozen=True, kw_only=True):
+    """``size`` in bytes as the guest sees it; ``image`` is the id of the image it is an overlay of;
+    ``host`` the id of the host it lies on; ``vm`` the id of the VM that it belongs to and goes with."""
+
+    size: int
+    image: str | None = None
+    host: str
+    vm: str | None = None
+
+
+class VolumeStatus(Model, frozen=True, kw_only=True):
+    """``allocated`` is the space taken on the host, in bytes."""
+
+    state: VolumeState = VolumeState.PENDING
+    allocated: int = 0
+    message: str | None = None
+
+
+class Volume(Record, frozen=True, kw_only=True):
+    """A volume."""
+
+    kind: ClassVar[str] = "volume"
+    spec: VolumeSpec
+    status: VolumeStatus = VolumeStatus()
+
+
+def check_volume_size(size: int) -> int:
+    """Returns a valid volume size (bytes) unchanged.
+
+    Raises:
+        InvalidError: not positive, not whole sectors, or beyond `MAX_VOLUME`.
+    """
+    if size <= 0 or size > MAX_VOLUME:
+        raise InvalidError(
+            f"a disk of {size} bytes is not possible",
+            action=f"choose a size from 1M to {format_size(MAX_VOLUME)}",
+        )
+    if size % SECTOR:
+        raise InvalidError(
+            f"a disk of {size} bytes is not a whole number of {SECTOR}-byte sectors",
+            action="round the size to a multiple of 1M",
+        )
+    return size

@@ -1,0 +1,13 @@
+"""The kinds of records that the store holds, by name."""
+
+from __future__ import annotations
+
+from undercroft.model.base import Record
+from undercroft.model.event import Event
+from undercroft.model.host import Host
+from undercroft.model.image import Image
+from undercroft.model.task import Task
+from undercroft.model.vm import VM
+from undercroft.model.volume import Volume
+
+KINDS: dict[str, type[Record]] = {cls.kind: cls for cls in (VM, Volume, Image, Task, Event, Host)}
