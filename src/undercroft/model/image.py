@@ -79,8 +79,11 @@ class ImageContent(Model, frozen=True, kw_only=True):
 
 
 class ImageSpec(Spec, frozen=True, kw_only=True):
-    """What was asked for. ``sha256`` (hex) is what the source must have; ``format`` is stated by the
-    user, or recognised by magic number where that is safe (never for raw)."""
+    """What was asked for.
+
+    ``sha256`` (hex) is what the source must have; ``format`` is stated by the user, or recognised
+    by magic number where that is safe (never for raw).
+    """
 
     source: ImageSourceKind
     value: str

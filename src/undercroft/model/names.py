@@ -47,10 +47,10 @@ def check_name(name: str, kind: str = "vm") -> str:
     """
     pattern = _IMAGE_NAME if kind == "image" else _NAME
     if pattern.fullmatch(name) is None or ".." in name:
-        allowed = "lower-case letters, digits, '-' and '.'"
         raise InvalidError(
             f"{name[:80]!r} is not a valid name for a {kind}",
-            action=f"use 1 to 63 characters: {allowed}, beginning and ending with a letter or digit",
+            action="use 1 to 63 lower-case letters, digits, '-' and '.', "
+            "beginning and ending with a letter or digit",
         )
     if is_id(name):
         raise InvalidError(

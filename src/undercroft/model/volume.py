@@ -22,8 +22,11 @@ class VolumeState(StrEnum):
 
 
 class VolumeSpec(Spec, frozen=True, kw_only=True):
-    """``size`` in bytes as the guest sees it; ``image`` is the id of the image it is an overlay of;
-    ``host`` the id of the host it lies on; ``vm`` the id of the VM that it belongs to and goes with."""
+    """What a volume should be.
+
+    ``size`` in bytes as the guest sees it; ``image`` is the id of the image that it is an overlay
+    of; ``host`` the id of the host it lies on; ``vm`` that of the VM that it goes with.
+    """
 
     size: int
     image: str | None = None

@@ -1,8 +1,9 @@
 """Where things are written down: the one interface over SQLite and etcd.
 
-A store holds records (`undercroft.model` objects) under their kind and id. Every transaction gets a
-revision, one higher than the last; a record remembers the revision that wrote it. Transactions
-compare before they write, all or nothing. A watch delivers what changed, in order, from a revision on.
+A store holds records (`undercroft.model` objects) under their kind and id. Every transaction gets
+a revision, higher than the last; a record remembers the revision that wrote it. Transactions
+compare before they write, all or nothing. A watch delivers what changed, in order, from a
+revision on.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Exists:
-    """The record must exist, at whatever revision (for instance: the image a new VM is made from)."""
+    """The record must exist, at whatever revision (an image that a VM is made from)."""
 
     kind: type[Record]
     id: str
@@ -134,8 +135,11 @@ class Lease(Protocol):
 
 
 class Store(Protocol):
-    """The interface. All methods may raise `NoSpaceError` (disk full), `UnavailableError` (the store
-    cannot be reached) and `DataCorruptError`."""
+    """The interface.
+
+    All methods may raise `NoSpaceError` (disk full), `UnavailableError` (the store cannot be
+    reached) and `DataCorruptError`.
+    """
 
     async def get(self, kind: type[R], id: str) -> Versioned[R] | None:
         """The record, or None."""
@@ -154,7 +158,8 @@ class Store(Protocol):
 
         Raises:
             StaleError: a check failed; ``data`` has ``kind``, ``id``, ``expected``, ``found``.
-            AlreadyExistsError: a claimed name is taken; ``data`` has ``scope``, ``name``, ``holder``.
+            AlreadyExistsError: a claimed name is taken; ``data`` has ``scope``, ``name`` and
+                ``holder``.
         """
 
     def watch(self, kinds: Sequence[type[Record]], from_revision: int) -> AsyncIterator[Changes]:
