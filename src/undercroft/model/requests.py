@@ -1,0 +1,160 @@
+"""What callers send and get besides the objects themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from undercroft.model.base import Model, Spec
+from undercroft.model.image import DiskFormat, ImageSourceKind
+from undercroft.model.vm import (
+    Accelerator,
+    Display,
+    Firmware,
+    Forward,
+    Guest,
+    Machine,
+    Port,
+    RestartPolicy,
+)
+
+
+class VMCreate(Spec, frozen=True, kw_only=True):
+    """A new VM. What is None comes from the image, or else from the model's defaults.
+
+    ``image`` is a name or id; without one the VM has an empty disk of ``disk`` bytes (or none).
+    ``ports`` None: one port in user mode, with SSH forwarded where the image serves it;
+    an empty tuple: no network. ``start``: switch it on once it is there.
+    """
+
+    name: str | None = None  # None: chosen
+    image: str | None = None
+    cpus: int | None = None
+    memory: int | None = None
+    disk: int | None = None
+    arch: str | None = None
+    machine: Machine | None = None
+    firmware: Firmware | None = None
+    secure_boot: bool = False
+    tpm: bool = False
+    accelerator: Accelerator = Accelerator.AUTO
+    cpu_model: str | None = None
+    display: Display | None = None
+    kernel_arguments: str = ""
+    ports: tuple[Port, ...] | None = None
+    forwards: tuple[Forward, ...] = ()  # added to the first port
+    guest: Guest = Guest()
+    restart: RestartPolicy = RestartPolicy.ON_FAILURE
+    stop_timeout: float = 60.0
+    labels: dict[str, str] = {}
+    project: str = "default"
+    start: bool = False
+
+
+class VMChange(Spec, frozen=True, kw_only=True):
+    """Changes to a VM; None leaves as it is. Shape takes effect at the next start."""
+
+    name: str | None = None
+    cpus: int | None = None
+    memory: int | None = None
+    accelerator: Accelerator | None = None
+    cpu_model: str | None = None
+    display: Display | None = None
+    kernel_arguments: str | None = None
+    restart: RestartPolicy | None = None
+    stop_timeout: float | None = None
+    labels: dict[str, str] | None = None
+    forwards: tuple[Forward, ...] | None = None
+
+
+class StopRequest(Spec, frozen=True, kw_only=True):
+    """How to stop (or restart): at once with ``force``; else wait ``timeout`` seconds for the guest
+    (None: the VM's own), then switch it off."""
+
+    force: bool = False
+    timeout: float | None = None
+
+
+class ImageCreate(Spec, frozen=True, kw_only=True):
+    """A new image. ``name`` None: taken from the source. ``value``: what to build, the path of a
+    file on the daemon's host, an address, or a name in the catalogue."""
+
+    source: ImageSourceKind
+    value: str
+    name: str | None = None
+    sha256: str | None = None
+    format: DiskFormat | None = None
+    firmware: str | None = None
+    user: str | None = None
+    replace: bool = False  # take the name over from an older image
+
+
+class ExecRequest(Spec, frozen=True, kw_only=True):
+    """A program to run in a guest. ``input`` goes to its standard input; ``timeout`` in seconds."""
+
+    argv: tuple[str, ...]
+    input: bytes | None = None
+    env: dict[str, str] = {}
+    timeout: float = 60.0
+
+
+class ExecResult(Model, frozen=True, kw_only=True):
+    """What became of it: ``exit_code``, or ``signal`` if one ended it. ``truncated``: there was more
+    output than the guest agent keeps."""
+
+    exit_code: int | None
+    signal: int | None = None
+    stdout: bytes = b""
+    stderr: bytes = b""
+    truncated: bool = False
+
+
+class CheckFinding(Model, frozen=True, kw_only=True):
+    """Something that does not belong, or is missing. ``repaired`` tells whether it was put right."""
+
+    code: str
+    message: str
+    object: str | None = None
+    path: str | None = None
+    repaired: bool = False
+
+
+class CheckReport(Model, frozen=True, kw_only=True):
+    """The outcome of ``croft host check``."""
+
+    findings: tuple[CheckFinding, ...] = ()
+    checked: dict[str, int] = {}
+
+
+class VMSample(Model, frozen=True, kw_only=True):
+    """A measurement of one running VM: counters since it was started; times in seconds, sizes in
+    bytes. ``memory`` is what its QEMU holds in the host's memory (PSS where it can be read)."""
+
+    vm: str
+    name: str
+    cpu_seconds: float = 0.0
+    memory: int = 0
+    disk_read_bytes: int = 0
+    disk_write_bytes: int = 0
+    disk_reads: int = 0
+    disk_writes: int = 0
+    net_receive_bytes: int = 0
+    net_transmit_bytes: int = 0
+
+
+class VersionInfo(Model, frozen=True, kw_only=True):
+    """What answers at the root of the API."""
+
+    product: str
+    version: str
+    api: str
+    host: str
+    data: str
+    pid: int
+
+
+class Page(Model, frozen=True, kw_only=True):
+    """A page of a listing; ``next`` is the cursor of the following one."""
+
+    items: list[Any]
+    revision: int
+    next: str | None = None

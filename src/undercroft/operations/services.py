@@ -1,0 +1,78 @@
+"""What operations need of the host that owns an object: the seam between deciding and doing."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from undercroft.model.requests import CheckReport, ExecRequest, ExecResult, VMSample
+from undercroft.model.vm import VM
+
+
+class ConsoleSession(Protocol):
+    """One attachment to a serial console. Closing it leaves the guest alone."""
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        """Output from now on, preceded by the scrollback that was asked for; ends when the VM's
+        console does."""
+
+    async def write(self, data: bytes) -> None:
+        """Types into the console; waits while the guest does not take it."""
+
+    async def close(self) -> None:
+        """Detaches."""
+
+
+class ByteStream(Protocol):
+    """A two-way stream of bytes, such as a VNC connection (RFB, RFC 6143)."""
+
+    async def read(self) -> bytes:
+        """Some bytes; empty at the end."""
+
+    async def write(self, data: bytes) -> None:
+        """Sends bytes."""
+
+    async def close(self) -> None:
+        """Ends it."""
+
+
+class HostServices(Protocol):
+    """A host as the operations see it. Methods take the VM's record, which they have checked.
+
+    All may raise `WrongStateError` (not running), `GuestAgentError`, `UnsupportedError`,
+    `TimeLimitError` and `UnavailableError`.
+    """
+
+    async def exec(self, vm: VM, request: ExecRequest) -> ExecResult:
+        """Runs a program in the guest through its agent."""
+
+    def read_file(self, vm: VM, path: str) -> AsyncIterator[bytes]:
+        """The content of a file in the guest."""
+
+    async def write_file(
+        self, vm: VM, path: str, content: AsyncIterator[bytes], mode: int | None = None
+    ) -> int:
+        """Writes a file in the guest, returns its size in bytes."""
+
+    async def screenshot(self, vm: VM) -> bytes:
+        """The display as PNG."""
+
+    async def console(self, vm: VM, scrollback: int) -> ConsoleSession:
+        """Attaches to the serial console; ``scrollback`` in bytes."""
+
+    async def vnc(self, vm: VM) -> ByteStream:
+        """Attaches to the display."""
+
+    async def log(self, vm: VM, limit: int) -> bytes:
+        """The last ``limit`` bytes of console output, also of a stopped VM."""
+
+    async def samples(self) -> Sequence[VMSample]:
+        """Measurements of all running VMs."""
+
+    async def check(self, repair: bool) -> CheckReport:
+        """Looks for what a crash left behind, and puts it right on request."""
+
+    def upload_path(self, name: str) -> Path:
+        """A fresh path in the data directory for content that is being sent (`ImageSourceKind`
+        UPLOAD); removed by the agent once imported, or at its next start."""
