@@ -23,6 +23,7 @@ never changes once released, so that programs can act on it.
     │   ├── QemuStartError     qemu-start          502
     │   ├── QmpError           qmp                 502
     │   └── GuestAgentError    guest-agent         502
+    ├── ProgramError           program             502
     ├── FetchError             fetch               502
     │   └── ChecksumError      checksum            502
     ├── UnavailableError       unavailable         503
@@ -65,6 +66,7 @@ __all__ = [
     "NoSpaceError",
     "NotFoundError",
     "Problem",
+    "ProgramError",
     "QemuStartError",
     "QmpError",
     "StaleError",
@@ -250,6 +252,12 @@ class GuestAgentError(HypervisorError):
     """The guest agent is absent, silent, or refused."""
 
     code, status, title = "guest-agent", 502, "Guest agent"
+
+
+class ProgramError(UndercroftError):
+    """A helper program failed; the message carries what it said last."""
+
+    code, status, title = "program", 502, "Helper program failed"
 
 
 class FetchError(UndercroftError):

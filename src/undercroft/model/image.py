@@ -104,8 +104,9 @@ class ImageStatus(Model, frozen=True, kw_only=True):
 
 
 class Image(Record, frozen=True, kw_only=True):
-    """An image."""
+    """An image. ``tasks`` are the ids of those that wait or run, in their order."""
 
     kind: ClassVar[str] = "image"
     spec: ImageSpec
     status: ImageStatus = ImageStatus()
+    tasks: tuple[str, ...] = ()

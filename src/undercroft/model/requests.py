@@ -98,8 +98,10 @@ class ExecRequest(Spec, frozen=True, kw_only=True):
 
 
 class ExecResult(Model, frozen=True, kw_only=True):
-    """What became of it: ``exit_code``, or ``signal`` if one ended it. ``truncated``: there was more
-    output than the guest agent keeps."""
+    """What became of it: ``exit_code``, or ``signal`` if one ended it.
+
+    ``truncated``: there was more output than the guest agent keeps.
+    """
 
     exit_code: int | None
     signal: int | None = None
@@ -109,7 +111,7 @@ class ExecResult(Model, frozen=True, kw_only=True):
 
 
 class CheckFinding(Model, frozen=True, kw_only=True):
-    """Something that does not belong, or is missing. ``repaired`` tells whether it was put right."""
+    """Something that does not belong, or is missing; ``repaired`` if it was put right."""
 
     code: str
     message: str

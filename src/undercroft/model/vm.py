@@ -237,6 +237,7 @@ class VMStatus(Model, frozen=True, kw_only=True):
     ``restarts`` counts automatic restarts since a user last started it."""
 
     state: VMState = VMState.CREATING
+    uid: int | None = None  # what its QEMU runs as, for as long as the VM exists
     instance: Instance | None = None
     last_exit: Exit | None = None
     addresses: tuple[str, ...] = ()
@@ -246,8 +247,9 @@ class VMStatus(Model, frozen=True, kw_only=True):
 
 
 class VM(Record, frozen=True, kw_only=True):
-    """A virtual machine."""
+    """A virtual machine. ``tasks`` are the ids of those that wait or run, in their order."""
 
     kind: ClassVar[str] = "vm"
     spec: VMSpec
     status: VMStatus = VMStatus()
+    tasks: tuple[str, ...] = ()

@@ -1,0 +1,58 @@
+"""Who may do what. Privileges are named after what they open: ``vm.power``, ``image.create``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from undercroft.model.errors import ForbiddenError
+
+PRIVILEGES = frozenset(
+    {
+        "vm.view",
+        "vm.create",
+        "vm.power",
+        "vm.change",
+        "vm.remove",
+        "vm.console",
+        "vm.guest",  # exec and files inside the guest
+        "image.view",
+        "image.create",
+        "image.remove",
+        "volume.view",
+        "task.view",
+        "task.cancel",
+        "event.view",
+        "host.view",
+        "host.check",
+    }
+)
+VIEW = frozenset(name for name in PRIVILEGES if name.endswith(".view"))
+ALL = "*"
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Someone who asks. ``privileges`` may hold `ALL`."""
+
+    name: str
+    privileges: frozenset[str]
+
+    def has(self, privilege: str) -> bool:
+        """Whether the caller holds the privilege."""
+        return ALL in self.privileges or privilege in self.privileges
+
+    def require(self, privilege: str) -> None:
+        """Does nothing if the caller holds the privilege.
+
+        Raises:
+            ForbiddenError: they do not.
+        """
+        if not self.has(privilege):
+            raise ForbiddenError(
+                f"{self.name} lacks the privilege {privilege}",
+                action="ask an administrator for it",
+                privilege=privilege,
+            )
+
+
+SYSTEM = Caller("system", frozenset({ALL}))

@@ -1,0 +1,100 @@
+"""All operations, by noun. The API, and every other face, calls these and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from undercroft.model.event import Event
+from undercroft.model.host import Host
+from undercroft.model.requests import CheckReport, VMSample
+from undercroft.model.volume import Volume
+from undercroft.operations.access import Caller
+from undercroft.operations.context import Context, find
+from undercroft.operations.images import ImageOperations
+from undercroft.operations.tasks import TaskOperations
+from undercroft.operations.vms import VMOperations
+from undercroft.store.interface import Listing, Store, Versioned
+
+
+class VolumeOperations:
+    """Every verb on volumes."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    async def get(self, caller: Caller, ref: str) -> Versioned[Volume]:
+        """The volume with this name or id."""
+        caller.require("volume.view")
+        return await find(self._context.store, Volume, ref)
+
+    async def list(self, caller: Caller) -> Listing[Volume]:
+        """All volumes."""
+        caller.require("volume.view")
+        return await self._context.store.list(Volume)
+
+
+class EventOperations:
+    """Every verb on events."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    async def list(
+        self, caller: Caller, after: int = 0, limit: int = 100, object: str | None = None
+    ) -> Listing[Event]:
+        """Events later than revision ``after``, oldest first, at most ``limit``: the first ones
+        after it, or the newest if ``after`` is 0. ``object``: only those about this name or id."""
+        caller.require("event.view")
+        listing = await self._context.store.list(Event)
+        items = sorted(
+            (
+                item
+                for item in listing.items
+                if item.revision > after
+                and (object is None or object in (item.record.object.id, item.record.object.name))
+            ),
+            key=lambda item: (item.revision, item.record.meta.created),
+        )
+        kept = items[:limit] if after else items[-limit:]
+        return Listing(kept, listing.revision)
+
+
+class HostOperations:
+    """Every verb on hosts."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    async def get(self, caller: Caller, ref: str = "self") -> Versioned[Host]:
+        """The host with this name or id; ``self`` is the one that answers."""
+        caller.require("host.view")
+        return await find(self._context.store, Host, self._context.host if ref == "self" else ref)
+
+    async def list(self, caller: Caller) -> Listing[Host]:
+        """All hosts."""
+        caller.require("host.view")
+        return await self._context.store.list(Host)
+
+    async def check(self, caller: Caller, repair: bool = False) -> CheckReport:
+        """Looks for what a crash left behind on the host that answers."""
+        caller.require("host.check")
+        return await self._context.services.check(repair)
+
+    async def samples(self, caller: Caller) -> Sequence[VMSample]:
+        """Measurements of the VMs that run on the host that answers."""
+        caller.require("vm.view")
+        return await self._context.services.samples()
+
+
+class Operations:
+    """Every verb there is. ``store`` is for watching only."""
+
+    def __init__(self, context: Context) -> None:
+        self.store: Store = context.store
+        self.host = context.host
+        self.vms = VMOperations(context)
+        self.images = ImageOperations(context)
+        self.volumes = VolumeOperations(context)
+        self.tasks = TaskOperations(context)
+        self.events = EventOperations(context)
+        self.hosts = HostOperations(context)

@@ -1,0 +1,220 @@
+"""Images: building, importing, looking, removing."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import msgspec
+
+from undercroft.model.base import Meta
+from undercroft.model.errors import (
+    AlreadyExistsError,
+    InUseError,
+    InvalidError,
+    StaleError,
+)
+from undercroft.model.image import Image, ImageSourceKind, ImageSpec
+from undercroft.model.names import check_name, new_id
+from undercroft.model.requests import ImageCreate
+from undercroft.model.task import Task
+from undercroft.model.vm import VM
+from undercroft.operations.access import Caller
+from undercroft.operations.context import (
+    ATTEMPTS,
+    Context,
+    find,
+    new_event,
+    new_task,
+    pending,
+    scope,
+)
+from undercroft.store.interface import (
+    Check,
+    Claim,
+    Listing,
+    Put,
+    Release,
+    Transaction,
+    Versioned,
+)
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_FIRMWARE = ("bios", "uefi", "kernel")
+
+
+class ImageOperations:
+    """Every verb on images."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    async def create(self, caller: Caller, request: ImageCreate) -> Task:
+        """Writes a new image and the task that builds, fetches or imports it.
+
+        With ``replace`` the name moves from the older image, which then keeps only its id.
+
+        Raises:
+            InvalidError: the source, checksum or name makes no sense.
+            AlreadyExistsError: the name is taken.
+        """
+        caller.require("image.create")
+        name = check_name(request.name or _suggest_name(request), "image")
+        _check(request)
+        now = self._context.clock()
+        for _ in range(ATTEMPTS):
+            image = Image(
+                meta=Meta(id=new_id("image"), name=name, created=now),
+                spec=ImageSpec(
+                    source=request.source,
+                    value=request.value,
+                    sha256=request.sha256.lower() if request.sha256 else None,
+                    format=request.format,
+                    firmware=request.firmware,
+                    user=request.user,
+                ),
+            )
+            task = new_task(self._context, "image.create", image, caller.name)
+            image = msgspec.structs.replace(image, tasks=(task.meta.id,))
+            event = new_event(
+                now, "image.created", image, f"{image.label} is being made", by=caller.name
+            )
+            checks: list[Check] = []
+            releases: list[Release] = []
+            puts = [Put(image), Put(task), Put(event)]
+            holder = await self._context.store.resolve(scope("image"), name)
+            if holder is not None:
+                older = await self._context.store.get(Image, holder)
+                if older is not None:
+                    same = await pending(self._context.store, older.record, ("image.create",))
+                    if same is not None and _same_source(older.record, image):
+                        return same
+                    if not request.replace:
+                        raise AlreadyExistsError(
+                            f"image {name} already exists",
+                            object=f"image {name}",
+                            action="choose another name, remove it, or add --replace",
+                        )
+                    checks.append(Check(Image, holder, older.revision))
+                    meta = msgspec.structs.replace(older.record.meta, name=holder)
+                    puts.append(Put(msgspec.structs.replace(older.record, meta=meta)))
+                releases.append(Release(scope("image"), name, holder))
+            try:
+                await self._context.store.transact(
+                    Transaction(
+                        checks=checks,
+                        releases=releases,
+                        claims=[Claim(scope("image"), name, image.meta.id)],
+                        puts=puts,
+                    )
+                )
+            except (StaleError, AlreadyExistsError):
+                continue
+            return task
+        raise StaleError(f"others keep changing image {name}", object=f"image {name}")
+
+    def upload_path(self, caller: Caller, name: str) -> Path:
+        """Where content that is being sent for an image goes; its last part is the ``value`` of the
+        `ImageCreate` (source UPLOAD) that follows."""
+        caller.require("image.create")
+        return self._context.services.upload_path(name)
+
+    async def get(self, caller: Caller, ref: str) -> Versioned[Image]:
+        """The image with this name or id."""
+        caller.require("image.view")
+        return await find(self._context.store, Image, ref)
+
+    async def list(self, caller: Caller) -> Listing[Image]:
+        """All images."""
+        caller.require("image.view")
+        return await self._context.store.list(Image)
+
+    async def remove(self, caller: Caller, ref: str, force: bool = False) -> Task:
+        """Removes an image that no VM was made from. ``force`` cancels its making.
+
+        Raises:
+            InUseError: VMs need it, or it is still being made.
+        """
+        caller.require("image.remove")
+        store = self._context.store
+        for _ in range(ATTEMPTS):
+            found = await find(store, Image, ref)
+            image = found.record
+            same = await pending(store, image, ("image.remove",))
+            if same is not None:
+                return same
+            users = [
+                v.record
+                for v in (await store.list(VM)).items
+                if v.record.spec.image == image.meta.id
+            ]
+            if users:
+                names = ", ".join(vm.meta.name for vm in users[:5])
+                raise InUseError(
+                    f"{image.label} is used by {names}" + (" and others" if users[5:] else ""),
+                    object=image.label,
+                    action="remove these VMs first",
+                    vms=[vm.meta.id for vm in users],
+                )
+            checks = [Check(Image, image.meta.id, found.revision)]
+            puts: list[Put] = []
+            for id in image.tasks:
+                making = await store.get(Task, id)
+                if making is None or making.record.status.state.final:
+                    continue
+                if not force:
+                    raise InUseError(
+                        f"{image.label} is still being made",
+                        object=image.label,
+                        action=f"wait, or cancel it: croft task cancel {id}",
+                    )
+                spec = msgspec.structs.replace(making.record.spec, cancel=True)
+                checks.append(Check(Task, id, making.revision))
+                puts.append(Put(msgspec.structs.replace(making.record, spec=spec)))
+            task = new_task(self._context, "image.remove", image, caller.name)
+            wanted = msgspec.structs.replace(image, tasks=(*image.tasks, task.meta.id))
+            try:
+                await store.transact(
+                    Transaction(checks=checks, puts=[Put(wanted), Put(task), *puts])
+                )
+            except StaleError:
+                continue
+            return task
+        raise StaleError(f"others keep changing image {ref}", object=f"image {ref}")
+
+
+def _same_source(older: Image, newer: Image) -> bool:
+    return older.spec == newer.spec
+
+
+def _suggest_name(request: ImageCreate) -> str:
+    if request.source in (ImageSourceKind.BUILD, ImageSourceKind.CATALOGUE):
+        return request.value
+    path = urlsplit(request.value).path if request.source is ImageSourceKind.URL else request.value
+    stem = Path(path).name.lower()
+    stem = re.sub(r"\.(qcow2|raw|img|vmdk|vhdx?|vdi|iso)$", "", stem)
+    return re.sub(r"[^a-z0-9._-]+", "-", stem)[:60].strip("-._") or "imported"
+
+
+def _check(request: ImageCreate) -> None:
+    if request.sha256 is not None and _SHA256.fullmatch(request.sha256.lower()) is None:
+        raise InvalidError("a SHA-256 checksum has 64 hexadecimal digits")
+    if request.firmware is not None and request.firmware not in _FIRMWARE:
+        raise InvalidError(
+            f"firmware {request.firmware[:40]!r} is not known", action="use bios, uefi or kernel"
+        )
+    if not request.value or len(request.value) > 4096 or not request.value.isprintable():
+        raise InvalidError("the source of the image is empty or not printable")
+    if request.source is ImageSourceKind.FILE and not request.value.startswith("/"):
+        raise InvalidError(
+            f"{request.value[:80]!r} is not an absolute path", action="begin it with /"
+        )
+    if request.source is ImageSourceKind.UPLOAD and "/" in request.value:
+        raise InvalidError(f"{request.value[:80]!r} is not an upload")
+    if request.source is ImageSourceKind.URL:
+        parts = urlsplit(request.value)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise InvalidError(
+                f"{request.value[:80]!r} is not an address", action="begin it with https://"
+            )

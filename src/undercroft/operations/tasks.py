@@ -1,0 +1,74 @@
+"""Tasks: looking, waiting, cancelling."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+
+import msgspec
+
+from undercroft.model.errors import CompactedError, StaleError
+from undercroft.model.task import Task
+from undercroft.operations.access import Caller
+from undercroft.operations.context import ATTEMPTS, Context, find
+from undercroft.store.interface import Check, Listing, Put, Transaction, Versioned
+
+
+class TaskOperations:
+    """Every verb on tasks."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    async def get(self, caller: Caller, id: str) -> Versioned[Task]:
+        """The task with this id."""
+        caller.require("task.view")
+        return await find(self._context.store, Task, id)
+
+    async def list(self, caller: Caller) -> Listing[Task]:
+        """All tasks that are still remembered."""
+        caller.require("task.view")
+        return await self._context.store.list(Task)
+
+    async def wait(self, caller: Caller, id: str, timeout: float) -> Versioned[Task]:
+        """The task once it is final, or as it is after ``timeout`` seconds."""
+        found = await self.get(caller, id)
+        try:
+            async with asyncio.timeout(timeout):
+                while not found.record.status.state.final:
+                    found = await self._next(caller, id, found)
+        except TimeoutError:
+            pass
+        return found
+
+    async def _next(self, caller: Caller, id: str, found: Versioned[Task]) -> Versioned[Task]:
+        try:
+            async with aclosing(self._context.store.watch([Task], found.revision)) as changes:
+                async for batch in changes:
+                    for change in batch.changes:
+                        if change.id == id and isinstance(change.record, Task):
+                            return Versioned(change.record, change.revision)
+        except CompactedError:
+            pass
+        return await self.get(caller, id)
+
+    async def cancel(self, caller: Caller, id: str) -> Versioned[Task]:
+        """Asks the task to stop; what cannot be undone any more is finished instead. A task that is
+        final already stays as it is."""
+        caller.require("task.cancel")
+        for _ in range(ATTEMPTS):
+            found = await find(self._context.store, Task, id)
+            task = found.record
+            if task.status.state.final or task.spec.cancel:
+                return found
+            wanted = msgspec.structs.replace(
+                task, spec=msgspec.structs.replace(task.spec, cancel=True)
+            )
+            try:
+                revision = await self._context.store.transact(
+                    Transaction(checks=[Check(Task, id, found.revision)], puts=[Put(wanted)])
+                )
+            except StaleError:
+                continue
+            return Versioned(wanted, revision)
+        raise StaleError(f"task {id} keeps changing", object=f"task {id}", action="try again")
