@@ -9,22 +9,22 @@ QEMU_GOOD=9.0
 QEMU_LEAST=7.2
 BACKPORTS_LIST=/etc/apt/sources.list.d/undercroft-backports.list
 
-# level ¦ check ¦ what for ¦ packages of Debian ¦ Fedora ¦ Arch ¦ openSUSE
+# level | check | what for | packages of Debian | Fedora | Arch | openSUSE
 read -r -d '' NEEDS <<'TABLE' || true
-must¦python¦Python 3.11 or newer with venv¦python3 python3-venv¦python3¦python¦python313
-must¦qemu¦qemu-system-x86_64 7.2 or newer: runs the VMs¦qemu-system-x86¦qemu-system-x86-core¦qemu-system-x86¦qemu-x86
-must¦command qemu-img¦qemu-img: disks¦qemu-utils¦qemu-img¦qemu-img¦qemu-tools
-should¦ovmf¦OVMF: UEFI and secure boot¦ovmf¦edk2-ovmf¦edk2-ovmf¦qemu-ovmf-x86_64
-should¦command swtpm¦swtpm: virtual TPM¦swtpm¦swtpm¦swtpm¦swtpm
-should¦command swtpm_setup¦swtpm_setup: virtual TPM¦swtpm-tools¦swtpm-tools¦swtpm¦swtpm
-should¦command mmdebstrap¦mmdebstrap: builds the image debian:12¦mmdebstrap¦mmdebstrap¦mmdebstrap¦mmdebstrap
-should¦command newuidmap¦newuidmap: builds images without root¦uidmap¦shadow-utils¦shadow¦shadow
-should¦command mke2fs¦mke2fs: builds images¦e2fsprogs¦e2fsprogs¦e2fsprogs¦e2fsprogs
-should¦busybox¦static busybox: the image tiny¦busybox-static¦busybox¦busybox¦busybox-static
-should¦command cpio¦cpio: the image tiny¦cpio¦cpio¦cpio¦cpio
-should¦command zstd¦zstd: compressed images¦zstd¦zstd¦zstd¦zstd
-should¦command ssh-keygen¦ssh: keys for guests¦openssh-client¦openssh-clients¦openssh¦openssh-clients
-should¦file /etc/ssl/certs/ca-certificates.crt /etc/ssl/ca-bundle.pem¦certificates for downloads¦ca-certificates¦ca-certificates¦ca-certificates¦ca-certificates
+must|python|Python 3.11 or newer with venv|python3 python3-venv|python3|python|python313
+must|qemu|qemu-system-x86_64 7.2 or newer: runs the VMs|qemu-system-x86|qemu-system-x86-core|qemu-system-x86|qemu-x86
+must|command qemu-img|qemu-img: disks|qemu-utils|qemu-img|qemu-img|qemu-tools
+should|ovmf|OVMF: UEFI and secure boot|ovmf|edk2-ovmf|edk2-ovmf|qemu-ovmf-x86_64
+should|command swtpm|swtpm: virtual TPM|swtpm|swtpm|swtpm|swtpm
+should|command swtpm_setup|swtpm_setup: virtual TPM|swtpm-tools|swtpm-tools|swtpm|swtpm
+should|command mmdebstrap|mmdebstrap: builds the image debian:12|mmdebstrap|mmdebstrap|mmdebstrap|mmdebstrap
+should|command newuidmap|newuidmap: builds images without root|uidmap|shadow-utils|shadow|shadow
+should|command mke2fs|mke2fs: builds images|e2fsprogs|e2fsprogs|e2fsprogs|e2fsprogs
+should|busybox|static busybox: the image tiny|busybox-static|busybox|busybox|busybox-static
+should|command cpio|cpio: the image tiny|cpio|cpio|cpio|cpio
+should|command zstd|zstd: compressed images|zstd|zstd|zstd|zstd
+should|command ssh-keygen|ssh: keys for guests|openssh-client|openssh-clients|openssh|openssh-clients
+should|file /etc/ssl/certs/ca-certificates.crt /etc/ssl/ca-bundle.pem|certificates for downloads|ca-certificates|ca-certificates|ca-certificates|ca-certificates
 TABLE
 
 os_release() { # os_release KEY: its value in /etc/os-release
@@ -38,7 +38,7 @@ at_least() { # at_least VERSION LEAST
 qemu_version() { # like 10.0.2; empty when there is no QEMU
     local text
     text=$(qemu-system-x86_64 --version 2>/dev/null || true)
-    [[ $text =~ version\ ([0-9]+(\.[0-9]+)*) ]] && printf '%s' "${BASH_REMATCH[1]}" || true
+    if [[ $text =~ version\ ([0-9]+(\.[0-9]+)*) ]]; then printf '%s' "${BASH_REMATCH[1]}"; fi
 }
 
 is_there() { # is_there CHECK [ARGUMENT...]: a row's second column
@@ -68,7 +68,7 @@ find_missing() {
     local row check
     missing=()
     while IFS= read -r row; do
-        IFS=¦ read -r _ check _ <<<"$row"
+        IFS='|' read -r _ check _ <<<"$row"
         # shellcheck disable=SC2086 # a check and its arguments
         is_there $check || missing+=("$row")
     done <<<"$NEEDS"
@@ -76,43 +76,47 @@ find_missing() {
 
 packages_of() { # packages_of COLUMN: of all that is missing; 1 is Debian
     local row
-    for row in "${missing[@]}"; do cut -d¦ -f$((3 + $1)) <<<"$row"; done | tr ' ' '\n' | sort -u | tr '\n' ' '
+    for row in "${missing[@]}"; do cut -d'|' -f$((3 + $1)) <<<"$row"; done |
+        tr ' ' '\n' | sort -u | tr '\n' ' '
 }
 
-has_backports() { apt-get indextargets --format '$(RELEASE)' 2>/dev/null | grep -qx bookworm-backports; }
+# The suites that apt is set up for: `suite site`, also before the first apt-get update.
+# shellcheck disable=SC2016 # $(RELEASE) is for apt
+apt_suites() { apt-get indextargets --no-release-info --format '$(RELEASE) $(SITE)' 2>/dev/null | sort -u; }
+
+has_backports() { apt_suites | grep -q '^bookworm-backports '; }
 
 # The line for apt that adds Debian 12's backports, on the mirror that apt already uses.
 backports_line() {
     local site key=/usr/share/keyrings/debian-archive-keyring.gpg
-    site=$(apt-get indextargets --format '$(RELEASE) $(SITE)' 2>/dev/null |
-        sed -n 's/^\(bookworm\|stable\|oldstable\) //p' | head -n 1)
+    site=$(apt_suites | sed -n 's/^\(bookworm\|stable\|oldstable\) //p' | sed -n 1p)
     [[ -n $site ]] || return 1
     [[ -e $key ]] && key="[signed-by=$key] " || key=
     printf 'deb %s%s bookworm-backports main' "$key" "$site"
 }
 
-# The packages of QEMU to take from the backports: those asked for, and those already here, which must move along.
+# QEMU's packages: those asked for, and those already here, which must move along to the same version.
 qemu_packages() {
     {
-        printf 'qemu-system-x86\nqemu-utils\n'
+        printf '%s\n' qemu-system-x86 qemu-utils
         dpkg-query --show --showformat '${source:Package} ${db:Status-Status} ${Package}\n' 2>/dev/null |
             sed -n 's/^qemu installed //p'
-    } | sort -u
+    } | sort -u | tr '\n' ' '
 }
 
 # The commands for root that bring what is missing, one a line. $1: yes to take QEMU from the backports.
 debian_commands() {
-    local packages line name
+    local packages line install='apt-get install --yes --no-install-recommends'
     packages=$(packages_of 1)
-    if [[ $1 == yes ]]; then
-        packages=$(tr ' ' '\n' <<<"$packages" | grep -vx -e qemu-system-x86 -e qemu-utils | tr '\n' ' ')
-        for name in $(qemu_packages); do packages+="$name/bookworm-backports "; done
-        if ! has_backports && line=$(backports_line); then
-            printf "echo '%s' > %s\n" "$line" "$BACKPORTS_LIST"
-        fi
+    if [[ $1 == yes ]] && ! has_backports && line=$(backports_line); then
+        printf "echo '%s' > %s\n" "$line" "$BACKPORTS_LIST"
     fi
-    printf 'apt-get update\n'
-    printf 'apt-get install --yes --no-install-recommends %s\n' "$(tr -s ' \n' ' ' <<<"$packages")"
+    echo apt-get update
+    if [[ $1 == yes ]]; then
+        echo "$install --target-release bookworm-backports $(qemu_packages)"
+        packages=$(tr ' ' '\n' <<<"$packages" | grep -vx -e qemu-system-x86 -e qemu-utils | tr '\n' ' ')
+    fi
+    [[ ! $packages =~ [a-z] ]] || echo "$install $packages"
 }
 
 run_as_root() { # each line of standard input, shown and run; stops at the first that fails
@@ -137,8 +141,9 @@ can_be_root() {
 tell_missing() { # the rows of `missing`, in words
     local row level what
     for row in "${missing[@]}"; do
-        IFS=¦ read -r level _ what _ <<<"$row"
-        [[ $level == must ]] && say "  needed:   $what" || say "  optional: $what"
+        IFS='|' read -r level _ what _ <<<"$row"
+        if [[ $level == must ]]; then level=needed:; else level=optional:; fi
+        printf '  %-10s%s\n' "$level" "$what"
     done
 }
 
@@ -154,7 +159,7 @@ tell_how() { # which command of the administrator brings what is missing
 
 must_is_missing() {
     local row
-    for row in "${missing[@]}"; do [[ $row != must¦* ]] || return 0; done
+    for row in "${missing[@]}"; do [[ $row != 'must|'* ]] || return 0; done
     return 1
 }
 
@@ -192,8 +197,10 @@ install_system() {
         ! must_is_missing || die 'something needed is missing (see above); then run script/setup again'
         return 0
     fi
-    step 'install system packages'
+    step 'install system packages (this can take a few minutes)'
     log=$(mktemp)
+    # shellcheck disable=SC2064 # the name as it is now
+    trap "rm -f '$log'" EXIT
     if ! debian_commands "$backports" | run_as_root; then
         [[ $backports == yes ]] || die 'apt-get failed (see above)'
         say 'note: the backports of Debian 12 cannot be used; taking its own QEMU 7.2, which runs VMs,' \
@@ -201,7 +208,6 @@ install_system() {
         [[ ! -e $BACKPORTS_LIST ]] || printf 'rm %s\n' "$BACKPORTS_LIST" | run_as_root || true
         debian_commands no | run_as_root || die 'apt-get failed (see above)'
     fi
-    rm -f "$log"
     hash -r
     find_missing
     [[ ${#missing[@]} -eq 0 ]] || { say 'Still missing:' && tell_missing; }
@@ -211,9 +217,10 @@ install_system() {
 show_system() { # each row of the table: is it there?
     local row level check what
     while IFS= read -r row; do
-        IFS=¦ read -r level check what _ <<<"$row"
+        IFS='|' read -r level check what _ <<<"$row"
         # shellcheck disable=SC2086
-        is_there $check && say "  ok        $what" || say "  MISSING   $what ($level)"
+        if is_there $check; then say "  ok       $what"; else say "  MISSING  $what ($level be there)"; fi
     done <<<"$NEEDS"
-    say "  QEMU ${QEMU:=$(qemu_version)}, Python $(python_version), $(os_release PRETTY_NAME)"
+    printf '  %s; QEMU %s; .venv: Python %s\n' "$(os_release PRETTY_NAME)" \
+        "$(qemu_version | grep . || echo none)" "$(python_version | grep . || echo none)"
 }
