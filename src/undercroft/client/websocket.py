@@ -1,4 +1,4 @@
-"""A WebSocket (RFC 6455) that fits a ``select`` loop: ``websockets``' protocol without its threads."""
+"""A WebSocket (RFC 6455) that fits a ``select`` loop: ``websockets``' protocol, no threads."""
 
 from __future__ import annotations
 
@@ -74,9 +74,7 @@ class WebSocket:
             with contextlib.suppress(Exception):
                 self._protocol.send_close(1000)
                 self._flush()
-                deadline = time.monotonic() + _CLOSE
-                while not self._ended and (left := deadline - time.monotonic()) > 0:
-                    self._pump(left)
+                self._wait_for_end(time.monotonic() + _CLOSE)
         self._ended = True
         self._connection.close()
 
@@ -99,6 +97,10 @@ class WebSocket:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _wait_for_end(self, deadline: float) -> None:
+        while not self._ended and (left := deadline - time.monotonic()) > 0:
+            self._pump(left)
 
     def _gone(self) -> DaemonError:
         reason = self._protocol.close_reason or "the connection has ended"
