@@ -10,7 +10,7 @@ import shutil
 from undercroft.model.base import Model
 from undercroft.model.errors import MissingToolError, TimeLimitError, UnsupportedError
 
-__all__ = ["OLDEST_QEMU", "Emulator", "find_emulator", "parse_version"]
+__all__ = ["OLDEST_QEMU", "Emulator", "find_emulator", "parse_version", "read_version"]
 
 OLDEST_QEMU = (7, 2, 0)
 _VERSION_TIMEOUT = 20.0
@@ -66,13 +66,34 @@ async def find_emulator(arch: str) -> Emulator:
             f"{program} is not installed, so {arch} guests cannot run",
             action=f"install the package {package}",
         )
-    process = await asyncio.create_subprocess_exec(
-        path,
-        "--version",
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
+    version = await read_version(path)
+    if version < OLDEST_QEMU:
+        oldest = ".".join(map(str, OLDEST_QEMU[:2]))
+        raise UnsupportedError(
+            f"{path} is version {'.'.join(map(str, version))}; Undercroft needs {oldest} or newer",
+            action="install a newer QEMU",
+        )
+    return Emulator(arch=arch, path=os.path.realpath(path), version=version)
+
+
+async def read_version(path: str) -> tuple[int, int, int]:
+    """Asks a QEMU program its version.
+
+    Raises:
+        MissingToolError: there is no such program.
+        TimeLimitError: it does not answer.
+        UnsupportedError: its answer holds no version.
+    """
+    try:
+        process = await asyncio.create_subprocess_exec(
+            path,
+            "--version",
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+    except OSError as error:
+        raise MissingToolError(f"{path} cannot be started: {error.strerror}") from error
     try:
         output, _ = await asyncio.wait_for(process.communicate(), _VERSION_TIMEOUT)
     except TimeoutError as error:
@@ -81,11 +102,4 @@ async def find_emulator(arch: str) -> Emulator:
         if process.returncode is None:
             process.kill()
             await process.wait()
-    version = parse_version(output.decode(errors="replace"))
-    if version < OLDEST_QEMU:
-        oldest = ".".join(map(str, OLDEST_QEMU[:2]))
-        raise UnsupportedError(
-            f"{path} is version {'.'.join(map(str, version))}; Undercroft needs {oldest} or newer",
-            action="install a newer QEMU",
-        )
-    return Emulator(arch=arch, path=os.path.realpath(path), version=version)
+    return parse_version(output.decode(errors="replace"))
