@@ -134,8 +134,8 @@ run_as_root() { # each line of standard input, shown and run; stops at the first
     done
 }
 
-can_be_root() {
-    ((EUID == 0)) || { command -v sudo >/dev/null && { sudo -n true 2>/dev/null || [[ -t 0 ]]; }; }
+can_be_root() { # with sudo, which may ask for a password where there is somebody to ask
+    ((EUID == 0)) || { command -v sudo >/dev/null && { sudo -n true 2>/dev/null || { [[ -t 0 ]] && sudo -v; }; }; }
 }
 
 tell_missing() { # the rows of `missing`, in words
