@@ -8,9 +8,9 @@ revision on.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, Self, TypeVar
 
 from undercroft.model.base import Record
 from undercroft.model.errors import StaleError
@@ -53,7 +53,10 @@ class Exists:
 
 @dataclass(frozen=True, slots=True)
 class Put:
-    """Write the record under its kind and id; with ``lease`` it vanishes when that ends."""
+    """Write the record under its kind and id; with ``lease`` it vanishes when that ends.
+
+    The last put decides: one without a lease makes the record stay.
+    """
 
     record: Record
     lease: str | None = None
@@ -90,7 +93,11 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Transaction:
-    """Conditions and writes that take effect together or not at all."""
+    """Conditions and writes that take effect together or not at all.
+
+    Names are released before they are claimed, so that a name can change hands within one
+    transaction. A record may be put or deleted once in a transaction, not both.
+    """
 
     checks: Sequence[Check | Exists] = ()
     claims: Sequence[Claim] = ()
@@ -117,6 +124,24 @@ class Changes:
     changes: list[Change] = field(default_factory=list)
 
 
+class Watch(Protocol):
+    """An iterator over changes, for one reader.
+
+    A reader that is cancelled while it waits (`asyncio.timeout`) loses nothing and can go on
+    reading. ``aclose`` ends the iteration, also for a reader that is waiting in another task; use
+    it with `contextlib.aclosing`.
+    """
+
+    def __aiter__(self) -> Self:
+        """Itself."""
+
+    async def __anext__(self) -> Changes:
+        """The next transaction that changed something in the watched kinds."""
+
+    async def aclose(self) -> None:
+        """Ends it. May be called more than once."""
+
+
 class Lease(Protocol):
     """A promise to be alive, with a time to live in seconds."""
 
@@ -137,6 +162,10 @@ class Lease(Protocol):
 class Store(Protocol):
     """The interface.
 
+    Whoever saw the revision of a transaction (returned, listed or watched) sees its effects in all
+    that is read afterwards. Records that come back are shared: they must not be changed, nor the
+    dicts in them.
+
     All methods may raise `NoSpaceError` (disk full), `UnavailableError` (the store cannot be
     reached) and `DataCorruptError`.
     """
@@ -156,30 +185,36 @@ class Store(Protocol):
     async def transact(self, transaction: Transaction) -> int:
         """Carries the transaction out, durably, and returns its revision.
 
+        A caller that is cancelled while it waits does not know whether it was carried out.
+
         Raises:
-            StaleError: a check failed; ``data`` has ``kind``, ``id``, ``expected``, ``found``.
+            StaleError: a check failed; ``data`` has ``kind``, ``id``, ``expected`` (a revision, 0:
+                none, or None: any) and ``found`` (a revision, or 0: none).
             AlreadyExistsError: a claimed name is taken; ``data`` has ``scope``, ``name`` and
                 ``holder``.
+            ConflictError: a lease to put with has ended.
+            InvalidError: a record that could not be read back (a NaN), or put or deleted twice.
         """
 
-    def watch(self, kinds: Sequence[type[Record]], from_revision: int) -> AsyncIterator[Changes]:
+    def watch(self, kinds: Sequence[type[Record]], from_revision: int) -> Watch:
         """All later changes: those of revisions above ``from_revision``, in order, without gaps.
 
-        Never ends by itself; close it with ``aclose``. A slow reader loses nothing while history is
-        kept.
+        Ends only with ``aclose``, or when the store is closed. A slow reader loses nothing while
+        history is kept.
 
-        Raises:
-            CompactedError: history that far back is gone: list, then watch from the listing.
+        Raises (while iterating):
+            CompactedError: history that far back is gone, or the revision is one that this store
+                has not reached (it was replaced): list, then watch from the listing.
         """
 
     async def lease(self, ttl: float) -> Lease:
-        """A new lease."""
+        """A new lease, to be kept more often than every ``ttl`` seconds."""
 
     async def compact(self, keep: int) -> None:
         """Forgets history except for the last ``keep`` revisions."""
 
     async def close(self) -> None:
-        """Finishes what is under way. Watches end."""
+        """Finishes what is under way. Watches end; leases stay as they are. May be called again."""
 
 
 async def update(
