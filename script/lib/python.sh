@@ -55,7 +55,7 @@ follow_pip() {
     fi
     if [[ -z ${UV_FIND_LINKS:-} ]] && setting find-links; then
         # shellcheck disable=SC2086 # pip skips a directory that is not there; uv would stop
-        value=$(for path in $value; do [[ $path != /* || -d $path ]] && echo "$path"; done | paste -sd, -)
+        value=$(for path in $value; do [[ $path == /* && ! -d $path ]] || echo "$path"; done | paste -sd, -)
         [[ -z $value ]] || export UV_FIND_LINKS=$value
     fi
     [[ -n ${UV_NO_INDEX:-} ]] || ! setting no-index || export UV_NO_INDEX=$value
