@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from undercroft.model.errors import DataError, DataNewerError, UndercroftError
+from undercroft.store.os_errors import from_os
 from undercroft.store.sqlite.codec import Codec
-from undercroft.store.sqlite.failures import corrupt, from_os, from_sqlite
+from undercroft.store.sqlite.failures import corrupt, from_sqlite
 from undercroft.store.sqlite.migrations import Migration
 
 APPLICATION = 0x43524F46  # "CROF", in the header of the file (PRAGMA application_id)

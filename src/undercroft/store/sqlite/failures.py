@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sqlite3
 from pathlib import Path
@@ -10,10 +9,10 @@ from pathlib import Path
 from undercroft.model.errors import (
     DataCorruptError,
     DataError,
-    NoSpaceError,
     UnavailableError,
     UndercroftError,
 )
+from undercroft.store.os_errors import NOT_WRITABLE, no_space
 
 # With less than this free, a write that failed is put down to the full disk. SQLite tells ENOSPC
 # apart itself, but reports an exhausted quota, or no room for the shared-memory file, as I/O error.
@@ -33,15 +32,6 @@ def corrupt(path: Path, why: str) -> DataCorruptError:
     )
 
 
-def no_space(path: Path) -> NoSpaceError:
-    """The error for a full disk."""
-    return NoSpaceError(
-        f"the disk is full: nothing can be written to {path}",
-        object=str(path),
-        action=f"make room on the file system of {path.parent}; nothing was lost",
-    )
-
-
 def from_sqlite(error: sqlite3.Error, path: Path) -> UndercroftError:
     """The error to raise for one that SQLite reported."""
     code = getattr(error, "sqlite_errorcode", None) or 0
@@ -54,8 +44,7 @@ def from_sqlite(error: sqlite3.Error, path: Path) -> UndercroftError:
         return DataError(
             f"{path} cannot be opened for writing: {error}",
             object=str(path),
-            action="check the owner and mode of the directory, and that the file system is not "
-            "mounted read-only",
+            action=NOT_WRITABLE,
         )
     if primary in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return UnavailableError(
@@ -70,24 +59,6 @@ def from_sqlite(error: sqlite3.Error, path: Path) -> UndercroftError:
             action="check the disk; the kernel's log says more",
         )
     return UndercroftError(f"{path}: {error}", object=str(path))
-
-
-def from_os(error: OSError, path: Path) -> UndercroftError:
-    """The error to raise for one that the operating system reported."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return no_space(path)
-    if error.errno == errno.ENOENT:
-        return DataError(
-            f"{path.parent} does not exist",
-            object=str(path),
-            action="create it, or name another data directory with --data or CROFT_DATA",
-        )
-    return DataError(
-        f"{path} cannot be used: {os.strerror(error.errno or 0)}",
-        object=str(path),
-        action="check the owner and mode of the directory, and that the file system is not "
-        "mounted read-only",
-    )
 
 
 def unsure_on_disk(error: sqlite3.Error) -> bool:
