@@ -1,0 +1,1 @@
+"""Builders of the images that Undercroft makes itself, from Debian packages."""
