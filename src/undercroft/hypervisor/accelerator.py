@@ -297,10 +297,11 @@ def explain_run(name: str, run: GuestRun, modules: tuple[str, ...] = ()) -> str:
         Outcome.WRONG: "it got a wrong result",
         Outcome.RESET: "its processor reset itself",
     }[run.outcome]
+    where = _where(run)
     if run.outcome is Outcome.HUNG and run.stages == "".join(STAGES)[:-1]:
-        how = "it was so slow that its instructions must be interpreted one by one"
+        how, where = "it is so slow that its instructions must be interpreted one by one", ""
     by = f" (kernel modules: {', '.join(modules)})" if modules else ""
-    return f"a 64-bit guest cannot run in it: {how}{_where(run)}{said}{by}"
+    return f"a 64-bit guest cannot run in it: {how}{where}{said}{by}"
 
 
 def _where(run: GuestRun) -> str:

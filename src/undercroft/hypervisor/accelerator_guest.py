@@ -15,15 +15,15 @@ import signal
 import time
 from collections.abc import Iterator
 from enum import StrEnum
-from importlib.resources import files
+from pathlib import Path
 from typing import cast
 
 from undercroft.hypervisor.emulator import Emulator
 from undercroft.model.base import Model
 
 __all__ = [
-    "STAGES", "GuestRun", "Outcome", "firmware", "guest_digest", "kvm_options",
-    "run_guest", "takes_device",
+    "STAGES", "GuestRun", "Outcome", "firmware", "guest_digest", "judge", "kvm_options",
+    "last_words", "passed_stages", "run_guest", "takes_device",
 ]  # fmt: skip
 
 STAGES = {
@@ -86,7 +86,7 @@ class GuestRun(Model, frozen=True, kw_only=True):
 def firmware(code: bytes | None = None) -> bytes:
     """The guest as a 64 KiB firmware image (``code`` in place of the guest's own, for tests)."""
     if code is None:
-        code = files("undercroft.hypervisor").joinpath("accelerator_guest.bin").read_bytes()
+        code = Path(__file__).with_name("accelerator_guest.bin").read_bytes()
     if len(code) > _RESET_VECTOR:
         raise ValueError("the guest does not fit below the reset vector")
     return (code.ljust(_RESET_VECTOR, b"\0") + _JUMP_TO_START).ljust(_ROM_SIZE, b"\0")
@@ -259,24 +259,15 @@ class _Run:
     def result(self, hung: bool, total: float) -> GuestRun:
         output = self._output.decode("ascii", "replace")
         code = self._process.returncode
-        stages = _passed(output)
         if self._gave_up:
             outcome = Outcome.INTERNAL_ERROR
         elif hung:
             outcome = Outcome.SILENT if self._first_sign is None else Outcome.HUNG
-        elif code == _EXIT_PASSED and output == _TOKEN:
-            outcome = Outcome.PASSED
-        elif code == _EXIT_EXCEPTION and output[len(stages) :].startswith("!"):
-            outcome = Outcome.EXCEPTION
-        elif code in (_EXIT_PASSED, _EXIT_WRONG):
-            outcome = Outcome.WRONG
-        elif code == 0:
-            outcome = Outcome.RESET
         else:
-            outcome = Outcome.FAILED
+            outcome = judge(output, code)
         return GuestRun(
             outcome=outcome,
-            stages=stages,
+            stages=passed_stages(output),
             exit_code=code,
             message=last_words(self._errors.decode(errors="replace")),
             seconds=0.0 if self._first_sign is None else self._last_sign - self._first_sign,
@@ -290,8 +281,20 @@ def _allow(limit: asyncio.Timeout, seconds: float) -> None:
         limit.reschedule(asyncio.get_running_loop().time() + seconds)
 
 
-def _passed(output: str) -> str:
-    """The stages reported, in their order and without a gap."""
+def judge(output: str, exit_code: int | None) -> Outcome:
+    """How a run went that QEMU ended by itself: only the right words with the right exit code are
+    a success."""
+    if exit_code == _EXIT_PASSED and output == _TOKEN:
+        return Outcome.PASSED
+    if exit_code == _EXIT_EXCEPTION and "!" in output:
+        return Outcome.EXCEPTION
+    if exit_code in (_EXIT_PASSED, _EXIT_WRONG):
+        return Outcome.WRONG
+    return Outcome.RESET if exit_code == 0 else Outcome.FAILED
+
+
+def passed_stages(output: str) -> str:
+    """The stages that the guest reported, in their order and without a gap."""
     stages = ""
     for said, letter in zip(output, STAGES, strict=False):
         if said != letter:

@@ -75,7 +75,7 @@
 
         .set ROUNDS, 100                        # of what is repeated because one success proves little
         .set WORK, 1000000                      # iterations of the computing, about 15 instructions each
-        .set WORK_RESULT, 0x2f828691994d5286    # what they come to (computed anew by a unit test)
+        .set WORK_RESULT, 0x2f828691994d5286    # what they come to (a test computes it anew)
 
         .macro stage letter
         mov $\letter, %al
