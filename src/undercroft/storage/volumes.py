@@ -1,0 +1,130 @@
+"""Volumes: qcow2 files, alone or as an overlay over an image's disk."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import os
+import secrets
+from pathlib import Path
+
+from undercroft.model.base import Model
+from undercroft.model.errors import DataCorruptError, NoSpaceError, ProgramError
+from undercroft.model.units import format_size
+from undercroft.storage.process import run, tool
+
+__all__ = ["VolumeInfo", "check_volume", "create_volume", "volume_info"]
+
+_CREATE_TIMEOUT = 60.0
+_CHECK_TIMEOUT = 3600.0
+_SLACK = 4 << 20  # bytes that an empty qcow2 file may take, with room for its directory
+
+
+class VolumeInfo(Model, frozen=True, kw_only=True):
+    """``virtual_size`` as the guest sees it, ``allocated`` as the host does; in bytes."""
+
+    virtual_size: int
+    allocated: int
+
+
+async def create_volume(
+    path: Path, size: int, *, base: tuple[Path, str] | None = None, tmp: Path
+) -> None:
+    """Makes a volume of ``size`` bytes at ``path``: made in ``tmp``, then moved, so that it is there
+    whole or not at all.
+
+    ``base`` is an image's disk and its format, which the volume overlays. Its name in the header is
+    for people only: QEMU is told the chain, and never follows the header.
+
+    Raises:
+        NoSpaceError: the host's disk is full.
+        ProgramError: qemu-img failed.
+    """
+    half = tmp / f"volume-{secrets.token_hex(8)}"
+    command = [tool("qemu-img", package="qemu-utils"), "create", "-q", "-f", "qcow2"]
+    command += ["-o", "lazy_refcounts=off,extended_l2=off"]
+    if base is not None:
+        command += ["-b", str(base[0]), "-F", base[1]]
+    try:
+        _check_room(tmp)
+        await run([*command, str(half), str(size)], timeout=_CREATE_TIMEOUT)
+        await asyncio.to_thread(_settle, half, path)
+    except ProgramError as error:
+        if "No space left" in error.message:
+            raise _full(path) from None
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _full(path) from None
+        raise
+    finally:
+        half.unlink(missing_ok=True)
+
+
+def _check_room(directory: Path) -> None:
+    usage = os.statvfs(directory)
+    if usage.f_bavail * usage.f_frsize < _SLACK:
+        raise _full(directory)
+
+
+def _full(path: Path) -> NoSpaceError:
+    return NoSpaceError(
+        f"the disk that holds {path.parent} is full",
+        object=str(path.parent),
+        action="make room (croft image rm, croft rm), then try again",
+    )
+
+
+def _settle(half: Path, path: Path) -> None:
+    """Makes a finished file durable under its name."""
+    half.chmod(0o600)
+    for target in (half, path.parent):
+        if target is path.parent:
+            half.rename(path)
+        handle = os.open(target, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+async def volume_info(path: Path) -> VolumeInfo:
+    """Sizes of a volume; works while a VM uses it.
+
+    Raises:
+        DataCorruptError: it is not a qcow2 file.
+    """
+    command = [tool("qemu-img", package="qemu-utils"), "info", "-U", "-f", "qcow2"]
+    try:
+        answer = json.loads(
+            await run([*command, "--output=json", str(path)], timeout=_CREATE_TIMEOUT)
+        )
+        return VolumeInfo(
+            virtual_size=int(answer["virtual-size"]), allocated=int(answer["actual-size"])
+        )
+    except (ProgramError, ValueError, KeyError) as error:
+        raise DataCorruptError(
+            f"{path} is not a volume that can be read: {error}", object=str(path)
+        ) from error
+
+
+async def check_volume(path: Path, *, repair: bool = False) -> list[str]:
+    """What is wrong inside a volume that no VM uses, in words; empty if nothing. ``repair`` mends
+    what can be mended without guessing (leaked clusters, qemu-img check -r leaks)."""
+    command = [tool("qemu-img", package="qemu-utils"), "check", "-f", "qcow2", "--output=json"]
+    if repair:
+        command += ["-r", "leaks"]
+    try:
+        answer = json.loads(await run([*command, str(path)], timeout=_CHECK_TIMEOUT))
+    except ProgramError as error:
+        return [error.message]
+    except ValueError:
+        return ["qemu-img check gave no answer"]
+    found = []
+    if answer.get("corruptions"):
+        found.append(f"{answer['corruptions']} corrupt entries in {path.name}")
+    if answer.get("leaks") and not repair:
+        leaked = format_size(int(answer["leaks"]) * int(answer.get("cluster-size", 65536)))
+        found.append(f"{leaked} leaked in {path.name}")
+    return found
