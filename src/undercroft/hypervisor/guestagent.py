@@ -6,6 +6,7 @@ Everything it says is the guest's word: bounded, checked, never trusted.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
 
 from undercroft.model.requests import ExecResult
 
@@ -15,6 +16,9 @@ class GuestAgent:
 
     All methods raise `GuestAgentError` (absent, refused, nonsense) and `TimeLimitError`.
     """
+
+    def __init__(self, name: str, path: Path) -> None:
+        """For vm ``name``, through the socket at ``path``. Connects when first needed."""
 
     async def ping(self, timeout: float = 2.0) -> bool:
         """Whether it answers within ``timeout`` seconds. Does not raise."""

@@ -1,0 +1,68 @@
+"""Disks as graphs of block nodes, with nothing left for QEMU to guess.
+
+Every node states its driver, and every qcow2 node its ``backing`` (null for none), so that a file
+name in an image's header is never followed. The files themselves are descriptors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from undercroft.hypervisor.line import Line
+from undercroft.hypervisor.plan import DiskFormat, DiskLayer, PlanDisk
+
+__all__ = ["add_disk", "add_iso"]
+
+
+def add_disk(line: Line, name: str, disk: PlanDisk) -> str:
+    """Adds the graph of a disk; the node for the device to use (``NAME``)."""
+    write = not disk.read_only
+    backing = _add_chain(line, name, disk.backing)
+    _add_layer(line, name, disk.path, disk.format, write=write, backing=backing)
+    return name
+
+
+def add_iso(line: Line, name: str, path: str) -> str:
+    """Adds a read-only raw image."""
+    _add_layer(line, name, path, DiskFormat.RAW, write=False, backing=None)
+    return name
+
+
+def _add_chain(line: Line, name: str, layers: Sequence[DiskLayer]) -> str | None:
+    """Adds the layers beneath a disk, deepest first; the node of the nearest, if any."""
+    below: str | None = None
+    for depth in range(len(layers), 0, -1):
+        layer = layers[depth - 1]
+        node = f"{name}-base{depth}"
+        _add_layer(line, node, layer.path, layer.format, write=False, backing=below)
+        below = node
+    return below
+
+
+def _add_layer(
+    line: Line, node: str, path: str, format: DiskFormat, *, write: bool, backing: str | None
+) -> None:
+    file: dict[str, Any] = {
+        "driver": "file",
+        "node-name": f"{node}-file",
+        "filename": line.file(node, path, write=write),
+        "read-only": not write,
+        "aio": "threads",
+        "cache": {"direct": False, "no-flush": False},
+    }
+    top: dict[str, Any] = {
+        "driver": format.value,
+        "node-name": node,
+        "file": f"{node}-file",
+        "read-only": not write,
+    }
+    if write:
+        # A guest's TRIM gives the space back to the host, and a page of zeroes takes none.
+        file["discard"] = "unmap"
+        top["discard"] = "unmap"
+        top["detect-zeroes"] = "unmap"
+    if format is DiskFormat.QCOW2:
+        top["backing"] = backing
+    line.blockdev(file)
+    line.blockdev(top)

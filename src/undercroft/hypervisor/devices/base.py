@@ -1,0 +1,76 @@
+"""What all devices share, and where each sits on the PCI bus.
+
+Places are fixed per kind of device, never in order of appearance: adding a network adapter must
+not move the disks, or a guest suspended before the change could not be resumed after an update
+of Undercroft, and guests that name interfaces by slot would lose them.
+
+    00    host bridge          04-0b  network adapters       1f  (q35) ISA bridge, AHCI, SMBus
+    01    display              0c-17  disks and controllers
+    02    small paravirtual    18     seed
+    03    USB                  19-1e  free (hot-plug)
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from undercroft.hypervisor.line import Line, Slot
+from undercroft.model.errors import InvalidError
+
+__all__ = [
+    "BALLOON",
+    "DISPLAY",
+    "PVPANIC",
+    "RNG",
+    "SEED",
+    "SERIAL",
+    "USB",
+    "Device",
+    "disk_slot",
+    "nic_slot",
+]
+
+DISPLAY = Slot(0x01)
+RNG = Slot(0x02, 0, shared=True)
+BALLOON = Slot(0x02, 1)
+SERIAL = Slot(0x02, 2)
+PVPANIC = Slot(0x02, 3)
+USB = Slot(0x03)
+SEED = Slot(0x18)
+
+_NIC_SLOTS = range(0x04, 0x0C)
+_DISK_SLOTS = range(0x0C, 0x18)
+_FUNCTIONS = 8
+
+
+class Device(Protocol):
+    """A part of the machine that knows how to ask QEMU for itself."""
+
+    def add_to(self, line: Line) -> None:
+        """Adds its arguments and handles."""
+
+
+def nic_slot(index: int, count: int) -> Slot:
+    """The place of network adapter ``index`` of ``count``.
+
+    Raises:
+        InvalidError: there are more than fit.
+    """
+    return _spread(_NIC_SLOTS, index, count, "network adapters")
+
+
+def disk_slot(index: int, count: int) -> Slot:
+    """The place of disk ``index`` of ``count``.
+
+    Raises:
+        InvalidError: there are more than fit.
+    """
+    return _spread(_DISK_SLOTS, index, count, "disks")
+
+
+def _spread(slots: range, index: int, count: int, what: str) -> Slot:
+    most = len(slots) * _FUNCTIONS
+    if count > most:
+        raise InvalidError(f"{count} {what}: at most {most} fit on the board")
+    function, position = divmod(index, len(slots))
+    return Slot(slots[position], function, shared=function == 0 and count > len(slots))

@@ -1,0 +1,142 @@
+"""Getting QEMU to run: opens what it is handed, prepares its sockets, spawns it.
+
+All blocking; `launch` is called in a thread. Either everything is there when it returns, or
+nothing is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from undercroft.hypervisor import sockets
+from undercroft.hypervisor.board import nvram_path
+from undercroft.hypervisor.commandline import CommandLine
+from undercroft.hypervisor.firmware import FirmwareFiles
+from undercroft.hypervisor.line import Handle, HandleKind
+from undercroft.hypervisor.plan import MachinePlan, decode_plan, encode_plan
+from undercroft.hypervisor.process import Process, spawn
+from undercroft.hypervisor.tpm import start_tpm
+from undercroft.model.errors import QemuStartError
+
+__all__ = ["Launch", "clean_run_directory", "launch", "open_output", "read_plan"]
+
+PLAN_FILE = "plan.json"
+OUTPUT_FIFO = "output"
+_CONNECT_EARLY = ("qmp", "serial")
+
+
+@dataclass
+class Launch:
+    """A QEMU on its way up: its process, the sockets already in its backlogs, and the end of its
+    output that we read."""
+
+    process: Process
+    output: int
+    connections: dict[str, socket.socket] = field(default_factory=dict)
+
+
+def launch(plan: MachinePlan, line: CommandLine, firmware: FirmwareFiles | None) -> Launch:
+    """Starts QEMU.
+
+    Raises:
+        QemuStartError: a file is missing, or QEMU cannot be executed.
+    """
+    run = Path(plan.run_directory)
+    try:
+        with contextlib.ExitStack() as stack:
+            for directory in (run, Path(plan.directory)):
+                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if firmware is not None:
+                _prepare_nvram(Path(nvram_path(plan)), Path(firmware.variables))
+            (run / PLAN_FILE).write_bytes(encode_plan(plan))
+            theirs = _open_output_writer(run)
+            stack.callback(os.close, theirs)
+            ours = open_output(run)
+            with contextlib.ExitStack() as kept:
+                kept.callback(os.close, ours)
+                numbers: dict[str, int] = {}
+                connections: dict[str, socket.socket] = {}
+                for handle in line.handles:
+                    numbers[handle.name] = _open(handle, plan, stack)
+                    if handle.name in _CONNECT_EARLY:
+                        connection = sockets.connect(Path(handle.path))
+                        kept.callback(connection.close)
+                        connections[handle.name] = connection
+                process = spawn(
+                    line.with_descriptors(numbers),
+                    pass_fds=tuple(numbers.values()),
+                    output=theirs,
+                    directory=Path("/"),
+                    uid=plan.uid,
+                    gid=plan.gid,
+                )
+                kept.pop_all()
+                return Launch(process, ours, connections)
+    except OSError as error:
+        clean_run_directory(run)
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        raise QemuStartError(
+            f"vm {plan.name} cannot be started: {what}", object=f"vm {plan.name}"
+        ) from error
+    except BaseException:
+        clean_run_directory(run)
+        raise
+
+
+def _open(handle: Handle, plan: MachinePlan, stack: contextlib.ExitStack) -> int:
+    """Opens what a handle stands for; closed again with the stack (QEMU has its own copy)."""
+    if handle.kind is HandleKind.LISTEN:
+        listener = stack.enter_context(sockets.listen(Path(handle.path)))
+        return listener.fileno()
+    if handle.kind is HandleKind.TPM:
+        return stack.enter_context(start_tpm(plan)).fileno()
+    access = os.O_RDWR if handle.kind is HandleKind.WRITE else os.O_RDONLY
+    descriptor = os.open(handle.path, access | os.O_CLOEXEC)
+    stack.callback(os.close, descriptor)
+    return descriptor
+
+
+def _prepare_nvram(path: Path, template: Path) -> None:
+    """Gives the VM firmware variables of its own, at its first start."""
+    if path.exists():
+        return
+    part = path.with_name(path.name + ".part")
+    shutil.copyfile(template, part)
+    os.chmod(part, 0o600)
+    os.replace(part, path)
+
+
+def _open_output_writer(run: Path) -> int:
+    """A FIFO for what QEMU says, opened for both reading and writing, non-blocking.
+
+    QEMU so holds a reader of its own: when we are gone, its writes neither fail nor block nor
+    fill the disk; the last 64 KiB stay in the pipe for our successor.
+    """
+    path = run / OUTPUT_FIFO
+    path.unlink(missing_ok=True)
+    os.mkfifo(path, 0o600)
+    return os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+def open_output(run: Path) -> int:
+    """The reading end of QEMU's output."""
+    return os.open(run / OUTPUT_FIFO, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+def read_plan(run: Path) -> MachinePlan:
+    """The plan that the QEMU of this run directory was started with.
+
+    Raises:
+        OSError, msgspec.MsgspecError: there is none.
+    """
+    return decode_plan((run / PLAN_FILE).read_bytes())
+
+
+def clean_run_directory(run: Path) -> None:
+    """Removes sockets and the like of a QEMU that has ended."""
+    shutil.rmtree(run, ignore_errors=True)

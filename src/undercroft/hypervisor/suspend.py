@@ -1,0 +1,163 @@
+"""A guest's state in a file: written when it is suspended, read when it is resumed.
+
+The file is QEMU's migration stream. Beside it, under the name + ``.plan``, is the plan of the
+machine that it came from: only the same machine can take it up again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from undercroft.hypervisor.plan import MachinePlan, decode_plan, encode_plan
+from undercroft.hypervisor.qmp import Monitor
+from undercroft.model.errors import DataCorruptError, NoSpaceError, QmpError
+
+__all__ = ["discard_state", "load_state", "save_state", "suspended_plan"]
+
+_POLL = 0.02
+_STREAM = "state"
+_UNLIMITED = 1 << 40  # bytes per second; QEMU's own default is 128 MiB
+
+
+def _plan_path(path: Path) -> Path:
+    return path.with_name(path.name + ".plan")
+
+
+def _part_path(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
+
+
+def suspended_plan(path: Path) -> MachinePlan:
+    """The plan with which the state in ``path`` must be resumed (same hardware, same board
+    version). Its files and ports may be set anew; its devices may not.
+
+    Raises:
+        DataCorruptError: there is none, or it is damaged.
+    """
+    try:
+        path.stat()
+        return decode_plan(_plan_path(path).read_bytes())
+    except (OSError, msgspec.MsgspecError) as error:
+        raise DataCorruptError(
+            f"the suspended state in {path} cannot be resumed: {error}",
+            action="start the VM afresh; what was in its memory is lost",
+        ) from error
+
+
+def discard_state(path: Path) -> None:
+    """Removes a suspended state and whatever an interrupted suspend left."""
+    for name in (path, _plan_path(path), _part_path(path)):
+        name.unlink(missing_ok=True)
+
+
+async def save_state(
+    monitor: Monitor,
+    plan: MachinePlan,
+    path: Path,
+    progress: Callable[[float], None] | None,
+) -> None:
+    """Writes the state of a stopped guest; the file is complete and on disk when it is there.
+
+    Raises:
+        NoSpaceError, QmpError, TimeLimitError: it did not work; there is no file.
+    """
+    part = _part_path(path)
+    try:
+        await _migrate_to(monitor, part, progress)
+        await asyncio.to_thread(_publish, part, path, encode_plan(plan))
+    except OSError as error:
+        raise NoSpaceError(f"the state of vm {plan.name} cannot be written: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _publish(part: Path, path: Path, plan: bytes) -> None:
+    """Makes the file durable, and only then visible under its name."""
+    plan_path = _plan_path(path)
+    temporary = _part_path(plan_path)
+    with temporary.open("wb") as file:
+        file.write(plan)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, plan_path)
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+async def _migrate_to(
+    monitor: Monitor, part: Path, progress: Callable[[float], None] | None
+) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+    descriptor = os.open(part, flags, 0o600)
+    try:
+        await monitor.execute("migrate-set-parameters", {"max-bandwidth": _UNLIMITED})
+        await monitor.give(descriptor, _STREAM)
+    finally:
+        os.close(descriptor)
+    await monitor.execute("migrate", {"uri": f"fd:{_STREAM}"})
+    try:
+        await _follow(monitor, "written", progress)
+    except BaseException:
+        # Also when we are cancelled: nobody must find QEMU still writing.
+        with contextlib.suppress(Exception):
+            await asyncio.shield(_cancel(monitor))
+        raise
+
+
+async def _cancel(monitor: Monitor) -> None:
+    await monitor.execute("migrate_cancel")
+    while True:
+        status = (await monitor.execute("query-migrate")).get("status")
+        if status not in ("setup", "active", "cancelling", "device", "wait-unplug"):
+            return
+        await asyncio.sleep(_POLL)
+
+
+async def _follow(monitor: Monitor, verb: str, progress: Callable[[float], None] | None) -> None:
+    """Waits for the end of a migration.
+
+    Raises:
+        NoSpaceError, QmpError: it failed.
+    """
+    while True:
+        answer = await monitor.execute("query-migrate")
+        status = answer.get("status", "none")
+        if status == "completed":
+            return
+        if status in ("failed", "cancelled"):
+            reason = answer.get("error-desc", status)
+            message = f"the state of {monitor.name} cannot be {verb}: {reason}"
+            if "No space left" in reason or "quota" in reason.lower():
+                raise NoSpaceError(message)
+            raise QmpError(message)
+        if progress is not None and (ram := answer.get("ram")) and ram["total"]:
+            progress(1.0 - min(ram["remaining"] / ram["total"], 1.0))
+        await asyncio.sleep(_POLL)
+
+
+async def load_state(monitor: Monitor, path: Path) -> None:
+    """Reads a state into a QEMU that was started to receive one; the guest stays paused.
+
+    Raises:
+        QmpError: it does not fit or is damaged (QEMU may have ended over it).
+        OSError: it cannot be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        await monitor.give(descriptor, _STREAM)
+    finally:
+        os.close(descriptor)
+    await monitor.execute("migrate-incoming", {"uri": f"fd:{_STREAM}"})
+    await _follow(monitor, "read", None)
