@@ -34,7 +34,7 @@ class ImageState(StrEnum):
 
     PENDING = "pending"
     READY = "ready"
-    FAILED = "failed"
+    REMOVING = "removing"
 
 
 class ImageFile(Model, frozen=True, kw_only=True):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 
-from undercroft.model.errors import InvalidError
-
 KiB = 1 << 10
 MiB = 1 << 20
 GiB = 1 << 30
@@ -25,6 +23,8 @@ def parse_size(text: str) -> int:
     """
     match = _SIZE.fullmatch(text)
     if match is None:
+        from undercroft.model.errors import InvalidError  # only then: it is not light
+
         raise InvalidError(
             f"{text[:40]!r} is not a size", action="write it like 512M, 1.5G or 10GiB"
         )
@@ -59,6 +59,8 @@ def parse_duration(text: str) -> float:
     """
     match = _DURATION.fullmatch(text)
     if match is None:
+        from undercroft.model.errors import InvalidError  # only then: it is not light
+
         raise InvalidError(f"{text[:40]!r} is not a duration", action="write it like 30s, 5m or 2h")
     return float(match.group(1)) * _SECONDS[match.group(2).lower()]
 

@@ -15,7 +15,7 @@ from undercroft.model.errors import (
     InvalidError,
     StaleError,
 )
-from undercroft.model.image import Image, ImageSourceKind, ImageSpec
+from undercroft.model.image import Image, ImageSourceKind, ImageSpec, ImageState
 from undercroft.model.names import check_name, new_id
 from undercroft.model.requests import ImageCreate
 from undercroft.model.task import Task
@@ -173,7 +173,11 @@ class ImageOperations:
                 checks.append(Check(Task, id, making.revision))
                 puts.append(Put(msgspec.structs.replace(making.record, spec=spec)))
             task = new_task(self._context, "image.remove", image, caller.name)
-            wanted = msgspec.structs.replace(image, tasks=(*image.tasks, task.meta.id))
+            wanted = msgspec.structs.replace(
+                image,
+                tasks=(*image.tasks, task.meta.id),
+                status=msgspec.structs.replace(image.status, state=ImageState.REMOVING),
+            )
             try:
                 await store.transact(
                     Transaction(checks=checks, puts=[Put(wanted), Put(task), *puts])

@@ -37,7 +37,7 @@ from undercroft.model.vm import (
 from undercroft.model.volume import Volume, VolumeSpec, check_volume_size
 from undercroft.operations.access import Caller
 from undercroft.operations.context import Context, find, new_event, new_task, scope
-from undercroft.store.interface import Claim, Exists, Put, Transaction
+from undercroft.store.interface import Check, Claim, Put, Transaction, Versioned
 
 HOST_PORTS = range(20000, 30000)  # where forwards without a stated host port are put
 _MACHINES = {"x86_64": Machine.Q35, "i386": Machine.Q35}
@@ -64,7 +64,9 @@ async def create(context: Context, caller: Caller, request: VMCreate) -> Task:
     image, content = await _image(context, request)
     for attempt in range(20):
         name = request.name or _invent_name(request)
-        vm, volume, forwards = await _compose(context, request, name, image, content)
+        vm, volume, forwards = await _compose(
+            context, request, name, image.record if image else None, content
+        )
         task = new_task(context, "vm.create", vm, caller.name, start=request.start)
         vm = msgspec.structs.replace(vm, tasks=(task.meta.id,))
         event = new_event(
@@ -76,7 +78,7 @@ async def create(context: Context, caller: Caller, request: VMCreate) -> Task:
         if volume is not None:
             puts.append(Put(volume))
             claims.append(Claim(scope("volume"), volume.meta.name, volume.meta.id))
-        checks = [Exists(Image, image.meta.id)] if image is not None else []
+        checks = [Check(Image, image.record.meta.id, image.revision)] if image is not None else []
         try:
             await context.store.transact(Transaction(checks=checks, claims=claims, puts=puts))
         except AlreadyExistsError as taken:
@@ -84,11 +86,10 @@ async def create(context: Context, caller: Caller, request: VMCreate) -> Task:
                 continue
             raise _explain_taken(taken, name) from None
         except StaleError:
-            raise WrongStateError(
-                f"image {request.image} was removed meanwhile", object=f"image {request.image}"
-            ) from None
+            image, content = await _image(context, request)  # it changed: is it still ready?
+            continue
         return task
-    raise AssertionError("unreachable")
+    raise StaleError("others keep interfering", object=f"image {request.image}", action="try again")
 
 
 def port_claim(host: str, forward: Forward) -> tuple[str, str]:
@@ -137,10 +138,13 @@ def _bindable(forward: Forward) -> bool:
     return True
 
 
-async def _image(context: Context, request: VMCreate) -> tuple[Image | None, ImageContent | None]:
+async def _image(
+    context: Context, request: VMCreate
+) -> tuple[Versioned[Image] | None, ImageContent | None]:
     if request.image is None:
         return None, None
-    image = (await find(context.store, Image, request.image)).record
+    found = await find(context.store, Image, request.image)
+    image = found.record
     if image.status.state is not ImageState.READY or image.status.content is None:
         raise WrongStateError(
             f"{image.label} is {image.status.state}, not ready",
@@ -148,7 +152,7 @@ async def _image(context: Context, request: VMCreate) -> tuple[Image | None, Ima
             action="wait for it: croft task ls",
             state=image.status.state,
         )
-    return image, image.status.content
+    return found, image.status.content
 
 
 async def _compose(

@@ -74,7 +74,8 @@ def can_pause(vm: VM) -> None:
 
 def can_resume(vm: VM) -> None:
     """Raises `WrongStateError` where resuming makes no sense."""
-    if vm.spec.power not in (Power.PAUSED, Power.SUSPENDED):
+    halted = vm.status.state is VMState.PAUSED  # by QEMU itself, after an error of the disk
+    if vm.spec.power not in (Power.PAUSED, Power.SUSPENDED) and not halted:
         raise _refuse(vm, "resumed")
 
 

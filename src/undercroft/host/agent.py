@@ -1,0 +1,198 @@
+"""The host agent: follows the store and gives every VM and image of this host its actor.
+
+Nothing of what it knows is only in its memory: killed at any moment and started again, it reads
+the store, finds its VMs' processes again and carries on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from contextlib import aclosing
+
+import structlog
+
+from undercroft.host import orphans
+from undercroft.host.actor import VMActor
+from undercroft.host.check import check_host
+from undercroft.host.environment import Environment
+from undercroft.host.housekeeping import keep_house
+from undercroft.host.images import ImageWorker
+from undercroft.host.outcome import change_status, final_status, write
+from undercroft.host.services import LocalHost
+from undercroft.host.verbs import VM_VERBS
+from undercroft.hypervisor.machine import QemuMachine, RunState
+from undercroft.model.base import Record
+from undercroft.model.errors import CompactedError, UndercroftError
+from undercroft.model.image import Image
+from undercroft.model.requests import CheckReport
+from undercroft.model.task import Task
+from undercroft.model.vm import VM, VMState
+from undercroft.store.interface import Change, Put, Transaction
+
+log = structlog.get_logger(__name__)
+
+WATCHED: tuple[type[Record], ...] = (VM, Image, Task)
+
+
+class HostAgent:
+    """Owner of all that runs on this host. `start` it, `close` it; VMs run on."""
+
+    def __init__(self, environment: Environment) -> None:
+        self.environment = environment
+        self.services = LocalHost(environment, self.machine, self.check)
+        self._actors: dict[str, VMActor] = {}
+        self._images: dict[str, ImageWorker] = {}
+        self._background: list[asyncio.Task[None]] = []
+
+    def machine(self, vm: str) -> QemuMachine | None:
+        """The running machine of a VM."""
+        actor = self._actors.get(vm)
+        return actor.machine if actor is not None else None
+
+    async def start(self) -> None:
+        """Adopts what runs, ends what nobody owns, then follows the store."""
+        await asyncio.to_thread(self.environment.directory.sweep)
+        vms = await self.environment.store.list(VM)
+        known = {item.record.meta.id: item.record for item in vms.items}
+        await asyncio.gather(*(self._adopt(vm) for vm in known.values()))
+        owned = {actor.machine.instance.pid for actor in self._actors.values() if actor.machine}
+        await orphans.end_orphans(self.environment, owned)
+        images = await self.environment.store.list(Image)
+        for image in images.items:
+            self._image_worker(image.record)
+        await self._end_ownerless_tasks(known, {i.record.meta.id for i in images.items})
+        for actor in self._actors.values():
+            actor.launch()
+        revision = min(vms.revision, images.revision)
+        self._background = [
+            asyncio.create_task(self._follow(revision), name="follow"),
+            asyncio.create_task(keep_house(self.environment), name="housekeeping"),
+        ]
+
+    async def close(self) -> None:
+        """Stops acting. VMs run on; tasks under way are taken up at the next start."""
+        self.environment.closing = True
+        for task in self._background:
+            task.cancel()
+        for task in self._background:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        await asyncio.gather(
+            *(actor.close() for actor in self._actors.values()),
+            *(worker.close() for worker in self._images.values()),
+        )
+
+    async def check(self, repair: bool) -> CheckReport:
+        """Looks for what a crash left behind."""
+        owned = {a.machine.instance.pid for a in self._actors.values() if a.machine}
+        return await check_host(self.environment, owned, repair)
+
+    # -- start-up ---------------------------------------------------------------------------
+
+    async def _adopt(self, vm: VM) -> None:
+        actor = self._actors[vm.meta.id] = VMActor(self.environment, vm.meta.id, VM_VERBS)
+        instance = vm.status.instance or orphans.recorded_instance(self.environment, vm.meta.id)
+        if instance is None:
+            return
+        machine = await QemuMachine.adopt(
+            instance,
+            self.environment.run_directory(vm.meta.id),
+            self.environment.vm_directory(vm.meta.id),
+            on_event=actor.on_event,
+        )
+        if machine is None:
+            return
+        actor.take(machine)
+        log.info("adopted", vm=vm.meta.name, pid=instance.pid)
+        state = _STATES.get(machine.run_state)
+
+        def change(record: VM) -> VM:
+            if record.status.state in (VMState.REMOVING, VMState.STOPPING):
+                return change_status(record, instance=instance)
+            return change_status(
+                record, instance=instance, state=state or record.status.state, message=None
+            )
+
+        await write(self.environment, VM, vm.meta.id, change)
+
+    async def _end_ownerless_tasks(self, vms: dict[str, VM], images: set[str]) -> None:
+        """A task whose object is gone, or no longer lists it, cannot be carried out by anybody."""
+        listed = {task for vm in vms.values() for task in vm.tasks}
+        for item in (await self.environment.store.list(Image)).items:
+            listed.update(item.record.tasks)
+        now = self.environment.clock()
+        for found in (await self.environment.store.list(Task)).items:
+            task = found.record
+            if task.status.state.final or task.meta.id in listed:
+                continue
+            error = UndercroftError(f"{task.spec.object.kind} {task.spec.object.name} is gone")
+            await self.environment.store.transact(
+                Transaction(puts=[Put(final_status(task, now, error, False, None))])
+            )
+
+    # -- following --------------------------------------------------------------------------
+
+    async def _follow(self, revision: int) -> None:
+        while True:
+            try:
+                async with aclosing(self.environment.store.watch(WATCHED, revision)) as batches:
+                    async for batch in batches:
+                        for change in batch.changes:
+                            self._on_change(change)
+                        revision = batch.revision
+            except CompactedError:
+                revision = await self._list_again()
+            except UndercroftError as error:
+                log.error("following the store failed", code=error.code, error=error.message)
+                await asyncio.sleep(1.0)
+
+    async def _list_again(self) -> int:
+        listing = await self.environment.store.list(VM)
+        for item in listing.items:
+            self._on_change(Change(VM, item.record.meta.id, item.record, item.revision))
+        for image in (await self.environment.store.list(Image)).items:
+            self._on_change(Change(Image, image.record.meta.id, image.record, image.revision))
+        return listing.revision
+
+    def _on_change(self, change: Change) -> None:
+        record = change.record
+        if change.kind is VM:
+            self._on_vm(change.id, record)
+        elif isinstance(record, Image):
+            self._image_worker(record)
+        elif change.kind is Image:
+            self._images.pop(change.id, None)
+        elif isinstance(record, Task) and record.spec.cancel and not record.status.state.final:
+            self._cancel(record)
+
+    def _on_vm(self, id: str, record: Record | None) -> None:
+        actor = self._actors.get(id)
+        if actor is None:
+            if not isinstance(record, VM) or record.spec.host != self.environment.host:
+                return
+            actor = self._actors[id] = VMActor(self.environment, id, VM_VERBS)
+            actor.launch()
+        elif record is None:
+            del self._actors[id]
+        actor.wake()
+
+    def _image_worker(self, image: Image) -> None:
+        worker = self._images.get(image.meta.id)
+        if worker is None:
+            worker = self._images[image.meta.id] = ImageWorker(self.environment, image.meta.id)
+        worker.wake(image)
+
+    def _cancel(self, task: Task) -> None:
+        target = task.spec.object
+        if target.kind == VM.kind and target.id in self._actors:
+            self._actors[target.id].cancel_task(task.meta.id)
+        elif target.kind == Image.kind and target.id in self._images:
+            self._images[target.id].cancel_task(task.meta.id)
+
+
+_STATES = {
+    RunState.RUNNING: VMState.RUNNING,
+    RunState.PAUSED: VMState.PAUSED,
+    RunState.IO_ERROR: VMState.PAUSED,
+}

@@ -1,0 +1,74 @@
+"""What the agent and its actors work with: the store, the data directory, emulators, a clock."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from undercroft.hypervisor.emulator import Emulator, find_emulator
+from undercroft.store.datadir import DataDirectory
+from undercroft.store.interface import Store
+
+UID_BASE = 300_000
+"""First of the user ids that QEMU processes run as when the daemon is root: an empty range beside
+those of system users, containers and subordinate ids (systemd's UIDS-GIDS)."""
+
+
+@dataclass
+class Environment:
+    """Handed to everything in this package. Times in seconds since 1970."""
+
+    store: Store
+    host: str
+    directory: DataDirectory
+    accelerator: Callable[[str], Awaitable[str]]
+    """Gives the accelerator to use (``kvm`` or ``tcg``) for guests of an architecture."""
+    clock: Callable[[], float] = time.time
+    privileged: bool = field(default_factory=lambda: os.geteuid() == 0)
+    start_slots: asyncio.Semaphore = field(
+        default_factory=lambda: asyncio.Semaphore(max(4, 2 * (os.cpu_count() or 1)))
+    )
+    uid_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    closing: bool = False
+    _emulators: dict[str, Emulator] = field(default_factory=dict)
+
+    @property
+    def data(self) -> Path:
+        """The data directory."""
+        return self.directory.path
+
+    def vm_directory(self, id: str) -> Path:
+        """What of a VM outlives a run."""
+        return self.directory.vm(id)
+
+    def run_directory(self, id: str) -> Path:
+        """A VM's sockets."""
+        return self.directory.vm_run(id)
+
+    def volume_path(self, id: str) -> Path:
+        """The file of a volume."""
+        return self.directory.volume(id)
+
+    def suspended_path(self, id: str) -> Path:
+        """The saved state of a suspended VM."""
+        return self.vm_directory(id) / "suspend.state"
+
+    @property
+    def tmp(self) -> Path:
+        """Where half-made things are; on the same file system as all else."""
+        return self.directory.tmp
+
+    async def emulator(self, arch: str) -> Emulator:
+        """QEMU for an architecture, asked for its version once.
+
+        Raises:
+            MissingToolError, UnsupportedError: not installed, or too old.
+        """
+        found = self._emulators.get(arch)
+        if found is None or not os.path.exists(found.path):
+            found = self._emulators[arch] = await find_emulator(arch)
+        return found

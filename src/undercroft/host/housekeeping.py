@@ -1,0 +1,44 @@
+"""What must not grow without end: finished tasks, events, history."""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+
+from undercroft.host.environment import Environment
+from undercroft.model.errors import UndercroftError
+from undercroft.model.event import Event
+from undercroft.model.task import Task
+from undercroft.store.interface import Delete, Transaction
+
+log = structlog.get_logger(__name__)
+
+INTERVAL = 300.0  # seconds
+KEEP_TASKS = 1_000
+KEEP_EVENTS = 10_000
+KEEP_REVISIONS = 20_000
+BATCH = 500
+
+
+async def keep_house(environment: Environment) -> None:
+    """Tidies up again and again until cancelled."""
+    while True:
+        try:
+            await tidy(environment)
+        except UndercroftError as error:
+            log.warning("tidying failed", code=error.code, error=error.message)
+        await asyncio.sleep(INTERVAL)
+
+
+async def tidy(environment: Environment) -> None:
+    """Forgets the oldest finished tasks and events beyond the numbers kept."""
+    store = environment.store
+    tasks = [t for t in (await store.list(Task)).items if t.record.status.state.final]
+    tasks.sort(key=lambda item: item.revision, reverse=True)
+    events = sorted((await store.list(Event)).items, key=lambda item: item.revision, reverse=True)
+    old = [Delete(Task, item.record.meta.id) for item in tasks[KEEP_TASKS:]]
+    old += [Delete(Event, item.record.meta.id) for item in events[KEEP_EVENTS:]]
+    for start in range(0, len(old), BATCH):
+        await store.transact(Transaction(deletes=old[start : start + BATCH]))
+    await store.compact(KEEP_REVISIONS)

@@ -1,0 +1,171 @@
+"""Keeps a VM's status true while it runs: guest agent, addresses, I/O errors of the host's disk."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+
+import structlog
+
+from undercroft.host.environment import Environment
+from undercroft.host.outcome import change_status, write
+from undercroft.hypervisor.machine import MachineEvent, QemuMachine, RunState
+from undercroft.model.errors import UndercroftError
+from undercroft.model.event import EventLevel
+from undercroft.model.vm import VM, Power, VMState
+from undercroft.operations.context import new_event
+
+log = structlog.get_logger(__name__)
+
+FIRST_LOOKS = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between looks while there is no address
+STEADY_LOOK = 60.0
+ROOM_NEEDED = 256 << 20  # bytes that must be free before a VM that ran out of disk goes on
+ROOM_LOOK = 5.0
+
+
+class Observer:
+    """Watches one machine at a time."""
+
+    def __init__(self, environment: Environment, id: str) -> None:
+        self._environment = environment
+        self._id = id
+        self._machine: QemuMachine | None = None
+        self._agent_task: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def watch(self, machine: QemuMachine) -> None:
+        """Begins to watch."""
+        self.close()
+        self._machine = machine
+        self._look_at_agent()
+
+    def close(self) -> None:
+        """Stops watching."""
+        for task in (self._agent_task, *self._tasks):
+            if task is not None:
+                task.cancel()
+        self._agent_task = None
+        self._tasks.clear()
+        self._machine = None
+
+    def on_event(self, event: MachineEvent) -> None:
+        """Something happened in the machine."""
+        if self._machine is None:
+            return
+        if event.kind == "agent":
+            self._look_at_agent()
+        elif event.kind == "io-error":
+            self._spawn(self._io_error(event))
+        elif event.kind == "state":
+            self._spawn(self._state(event.state))
+
+    def _spawn(self, work: object) -> None:
+        task = asyncio.ensure_future(_guarded(work, self._id))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _look_at_agent(self) -> None:
+        if self._agent_task is not None:
+            self._agent_task.cancel()
+        self._agent_task = asyncio.ensure_future(_guarded(self._follow_agent(), self._id))
+
+    async def _follow_agent(self) -> None:
+        """Asks the agent for addresses: often at first, then once a minute."""
+        machine = self._machine
+        if machine is None or machine.agent is None:
+            return
+        looks = 0
+        while True:
+            addresses: tuple[str, ...] = ()
+            answers = await machine.agent.ping(timeout=5.0)
+            if answers:
+                with contextlib.suppress(UndercroftError):
+                    addresses = await machine.agent.addresses()
+            elif looks == 0:
+                await self._write(agent=False, addresses=())
+                return  # the channel's own event starts this again once the agent is there
+            await self._write(agent=answers, addresses=addresses)
+            steady = bool(addresses) or looks >= len(FIRST_LOOKS)
+            await asyncio.sleep(STEADY_LOOK if steady else FIRST_LOOKS[looks])
+            looks += 1
+
+    async def _write(self, **values: object) -> None:
+        def change(vm: VM) -> VM:
+            return change_status(vm, **values) if vm.status.state.alive else vm
+
+        await write(self._environment, VM, self._id, change)
+
+    async def _state(self, state: RunState) -> None:
+        """QEMU stopped or went on by itself (not through an operation)."""
+        if state is not RunState.IO_ERROR:
+            return
+
+        def change(vm: VM) -> VM:
+            if vm.status.state is not VMState.RUNNING:
+                return vm
+            return change_status(vm, state=VMState.PAUSED, message="paused: disk error of the host")
+
+        await write(self._environment, VM, self._id, change)
+
+    async def _io_error(self, event: MachineEvent) -> None:
+        machine = self._machine
+        full = bool(event.data.get("nospace"))
+        reason = "the host's disk is full" if full else "the host's disk failed"
+        now = self._environment.clock()
+
+        def change(vm: VM) -> VM:
+            return change_status(vm, state=VMState.PAUSED, message=f"paused: {reason}")
+
+        await write(
+            self._environment,
+            VM,
+            self._id,
+            change,
+            lambda vm: [
+                new_event(
+                    now,
+                    "vm.io-error",
+                    vm,
+                    f"{vm.label} was paused, nothing is lost: {reason}",
+                    level=EventLevel.ERROR,
+                    data={"nospace": full},
+                )
+            ],
+        )
+        if full and machine is not None:
+            await self._go_on_when_there_is_room(machine)
+
+    async def _go_on_when_there_is_room(self, machine: QemuMachine) -> None:
+        while machine.run_state is RunState.IO_ERROR:
+            await asyncio.sleep(ROOM_LOOK)
+            usage = os.statvfs(self._environment.data)
+            if usage.f_bavail * usage.f_frsize < ROOM_NEEDED:
+                continue
+            found = await self._environment.store.get(VM, self._id)
+            if found is None or found.record.spec.power is not Power.RUNNING:
+                return
+            await machine.resume()
+            await self._resumed()
+            return
+
+    async def _resumed(self) -> None:
+        now = self._environment.clock()
+        await write(
+            self._environment,
+            VM,
+            self._id,
+            lambda vm: change_status(vm, state=VMState.RUNNING, message=None),
+            lambda vm: [
+                new_event(now, "vm.resumed", vm, f"{vm.label} goes on: there is room again")
+            ],
+        )
+
+
+async def _guarded(work: object, id: str) -> None:
+    try:
+        await work  # type: ignore[misc]
+    except UndercroftError as error:
+        log.debug("observation failed", vm=id, error=error.message)
+    except OSError as error:
+        log.warning("observation failed", vm=id, error=str(error))

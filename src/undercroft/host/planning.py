@@ -1,0 +1,200 @@
+"""From a VM's record to a plan that the hypervisor can carry out: names become files."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+
+from undercroft.host.environment import Environment
+from undercroft.hypervisor.plan import (
+    DiskFormat,
+    DiskLayer,
+    MachinePlan,
+    PlanDisk,
+    PlanForward,
+    PlanPort,
+)
+from undercroft.model.errors import DataError, UnsupportedError
+from undercroft.model.image import Image, ImageContent
+from undercroft.model.vm import VM, Accelerator, Firmware
+from undercroft.model.volume import Volume
+from undercroft.storage.seed import write_seed
+
+_NAMESPACE = uuid.UUID("5b9c7a1e-6f0d-4c53-9d0e-0c5d7b7a4e10")
+
+
+def vm_uuid(id: str) -> str:
+    """The UUID that a guest sees, always the same for one VM."""
+    return str(uuid.uuid5(_NAMESPACE, id))
+
+
+def generation_id(id: str, salt: str = "") -> str:
+    """The VM generation id (Microsoft, "Virtual Machine Generation ID"): new when ``salt`` is,
+    which it must be whenever a VM becomes another individual."""
+    return str(uuid.uuid5(_NAMESPACE, f"generation/{id}/{salt}"))
+
+
+async def make_plan(environment: Environment, vm: VM, seed: Path | None) -> MachinePlan:
+    """Resolves a VM: image and volumes to files, accelerator to one that works.
+
+    Raises:
+        DataError: an image or volume that the VM needs is gone.
+        UnsupportedError: the accelerator that the VM insists on does not work.
+    """
+    spec = vm.spec
+    image = await _image(environment, vm)
+    content = image.status.content if image is not None else None
+    directory = _image_directory(environment, image)
+    kernel = initrd = None
+    arguments = ""
+    if spec.firmware is Firmware.KERNEL:
+        if content is None or directory is None or content.kernel is None:
+            raise DataError(
+                f"the image of {vm.label} has no kernel to boot",
+                object=vm.label,
+                action="restore the image, or change the firmware",
+            )
+        kernel = str(directory / content.kernel)
+        initrd = str(directory / content.initrd) if content.initrd else None
+        parts = (content.kernel_arguments, _hostname_argument(vm, content), spec.kernel_arguments)
+        arguments = " ".join(part for part in parts if part)
+    return MachinePlan(
+        id=vm.meta.id,
+        name=vm.meta.name,
+        uuid=vm_uuid(vm.meta.id),
+        directory=str(environment.vm_directory(vm.meta.id)),
+        run_directory=str(environment.run_directory(vm.meta.id)),
+        arch=spec.arch,
+        machine=spec.machine,
+        firmware=spec.firmware,
+        secure_boot=spec.secure_boot,
+        tpm=spec.tpm,
+        accelerator=await _accelerator(environment, vm),
+        cpus=spec.cpus,
+        cpu_model=spec.cpu_model,
+        memory=spec.memory,
+        kernel=kernel,
+        initrd=initrd,
+        kernel_arguments=arguments,
+        disks=await _disks(environment, vm),
+        seed=str(seed) if seed is not None else None,
+        ports=_ports(vm),
+        display=spec.display,
+        agent=True,
+        vmgenid=generation_id(vm.meta.id),
+        uid=vm.status.uid,
+        gid=vm.status.uid,
+        generation=vm.meta.generation,
+    )
+
+
+async def make_seed(environment: Environment, vm: VM) -> Path | None:
+    """Writes the cloud-init seed of a VM whose image reads one; None for any other."""
+    if vm.spec.image is None:
+        return None
+    image = await environment.store.get(Image, vm.spec.image)
+    content = image.record.status.content if image is not None else None
+    if content is None or not content.cloud_init:
+        return None
+    path = environment.vm_directory(vm.meta.id) / "seed.iso"
+    await write_seed(
+        path,
+        instance_id=vm.meta.id,
+        hostname=vm.spec.guest.hostname or vm.meta.name,
+        guest=vm.spec.guest,
+    )
+    return path
+
+
+async def _accelerator(environment: Environment, vm: VM) -> str:
+    working = await environment.accelerator(vm.spec.arch)
+    wanted = vm.spec.accelerator
+    if wanted is Accelerator.KVM and working != "kvm":
+        raise UnsupportedError(
+            f"{vm.label} insists on KVM, which does not work on this host",
+            object=vm.label,
+            action="see why with: croft host show; or use --accelerator auto",
+        )
+    return working if wanted is Accelerator.AUTO else str(wanted)
+
+
+async def _image(environment: Environment, vm: VM) -> Image | None:
+    if vm.spec.image is None:
+        return None
+    found = await environment.store.get(Image, vm.spec.image)
+    if found is None or found.record.status.digest is None:
+        raise DataError(
+            f"the image of {vm.label} is gone", object=vm.label, action="see: croft image ls"
+        )
+    return found.record
+
+
+def _image_directory(environment: Environment, image: Image | None) -> Path | None:
+    if image is None or image.status.digest is None:
+        return None
+    return environment.data / "images" / image.status.digest
+
+
+def _hostname_argument(vm: VM, content: ImageContent) -> str:
+    if content.cloud_init:
+        return ""
+    return f"undercroft.hostname={vm.spec.guest.hostname or vm.meta.name}"
+
+
+async def _disks(environment: Environment, vm: VM) -> tuple[PlanDisk, ...]:
+    disks = []
+    for index, disk in enumerate(vm.spec.disks):
+        found = await environment.store.get(Volume, disk.volume)
+        if found is None:
+            raise DataError(f"volume {disk.volume} of {vm.label} is gone", object=vm.label)
+        volume = found.record
+        backing: tuple[DiskLayer, ...] = ()
+        if volume.spec.image is not None:
+            base = await environment.store.get(Image, volume.spec.image)
+            content = base.record.status.content if base is not None else None
+            directory = _image_directory(environment, base.record if base is not None else None)
+            if content is None or content.disk is None or directory is None:
+                raise DataError(
+                    f"the image beneath {volume.label} is gone",
+                    object=volume.label,
+                    action="see: croft image ls",
+                )
+            backing = (
+                DiskLayer(
+                    path=str(directory / content.disk),
+                    format=DiskFormat(content.disk_format.value),
+                ),
+            )
+        disks.append(
+            PlanDisk(
+                path=str(environment.volume_path(volume.meta.id)),
+                format=DiskFormat.QCOW2,
+                backing=backing,
+                bus=disk.bus,
+                read_only=disk.read_only,
+                serial=volume.meta.id.removeprefix("vol-"),
+                boot_index=index if vm.spec.firmware is not Firmware.KERNEL else None,
+            )
+        )
+    return tuple(disks)
+
+
+def _ports(vm: VM) -> tuple[PlanPort, ...]:
+    return tuple(
+        PlanPort(
+            mac=port.mac,
+            mode=port.mode,
+            model=port.model,
+            hostname=vm.spec.guest.hostname or vm.meta.name,
+            forwards=tuple(
+                PlanForward(
+                    guest_port=forward.guest_port,
+                    host_port=forward.host_port,
+                    host_address=forward.host_address,
+                    protocol=forward.protocol,
+                )
+                for forward in port.forwards
+            ),
+        )
+        for port in vm.spec.ports
+    )

@@ -1,0 +1,262 @@
+"""How an actor switches its VM: start, stop, restart, reset, pause, resume, suspend."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from pathlib import Path
+
+import msgspec
+
+from undercroft.host.actor import Outcome, VMActor
+from undercroft.host.outcome import TaskRun, change_spec, change_status, write
+from undercroft.host.planning import make_plan, make_seed
+from undercroft.hypervisor.machine import QemuMachine, RunState, suspended_plan
+from undercroft.model.errors import GuestAgentError, TimeLimitError, WrongStateError
+from undercroft.model.vm import VM, Exit, ExitReason, Power, VMState
+
+AGENT_TIMEOUT = 3.0  # seconds for the agent to take a shutdown request
+BUTTON_INTERVAL = 15.0  # seconds after which the power button is pressed again
+
+
+async def start(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
+    """Starts the VM, or lets a suspended one go on from its saved state."""
+    environment = actor.environment
+    saved = environment.suspended_path(vm.meta.id)
+    resumed = saved.exists()
+    machine = actor.machine
+    if machine is None:
+        await run.progress(None, "starting")
+        async with environment.start_slots:
+            machine = await (_from_saved(actor, vm, saved) if resumed else _fresh(actor, vm))
+        actor.take(machine)
+        if resumed:
+            await asyncio.to_thread(_forget_saved, saved)
+            if machine.agent is not None:
+                asyncio.ensure_future(_set_clock(machine))  # noqa: RUF006
+    elif machine.run_state is RunState.PAUSED:
+        await machine.resume()
+    instance = machine.instance
+    by_user = not run.task.meta.id.startswith("vm-")
+
+    def change(record: VM) -> VM:
+        return change_status(
+            record,
+            state=VMState.RUNNING,
+            instance=instance,
+            message=None,
+            restarts=0 if by_user else record.status.restarts + 1,
+        )
+
+    told = "was resumed" if resumed else "was started"
+    return Outcome(
+        change,
+        event="vm.started",
+        message=f"{vm.label} {told}",
+        result={"pid": instance.pid, "accelerator": instance.accelerator},
+    )
+
+
+async def _fresh(actor: VMActor, vm: VM) -> QemuMachine:
+    environment = actor.environment
+    seed = await make_seed(environment, vm)
+    plan = await make_plan(environment, vm, seed)
+    emulator = await environment.emulator(vm.spec.arch)
+    return await QemuMachine.start(plan, emulator, on_event=actor.on_event)
+
+
+async def _from_saved(actor: VMActor, vm: VM, saved: Path) -> QemuMachine:
+    environment = actor.environment
+    plan = suspended_plan(saved)
+    plan = msgspec.structs.replace(
+        plan, incoming=str(saved), name=vm.meta.name, generation=vm.meta.generation
+    )
+    emulator = await environment.emulator(vm.spec.arch)
+    return await QemuMachine.start(plan, emulator, on_event=actor.on_event)
+
+
+def _forget_saved(saved: Path) -> None:
+    saved.unlink(missing_ok=True)
+    saved.with_name(saved.name + ".plan").unlink(missing_ok=True)
+
+
+async def _set_clock(machine: QemuMachine) -> None:
+    """A guest that was suspended has missed time: its agent sets the clock."""
+    if machine.agent is None:
+        return
+    try:
+        await machine.agent.set_time()
+    except (GuestAgentError, TimeLimitError):
+        return  # without an agent the guest's own means must do
+
+
+async def stop(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
+    """Asks the guest to shut down; switches off after the time limit, or at once with ``force``."""
+    force = bool(run.arguments.get("force"))
+    limit = run.arguments.get("timeout")
+    end = await _end(actor, vm, run, force, vm.spec.stop_timeout if limit is None else float(limit))
+    saved = actor.environment.suspended_path(vm.meta.id)
+    await asyncio.to_thread(_forget_saved, saved)
+
+    def change(record: VM) -> VM:
+        record = _ended(record, end)
+        return record if record.tasks else change_spec(record, power=Power.STOPPED)
+
+    how = "switched off" if end.reason is ExitReason.FORCED else "stopped"
+    return Outcome(
+        change,
+        event="vm.stopped",
+        message=f"{vm.label} was {how}",
+        result={"reason": end.reason},
+    )
+
+
+async def _end(actor: VMActor, vm: VM, run: TaskRun, force: bool, limit: float) -> Exit:
+    """Ends the VM's machine, gently if there is time; tells how it ended."""
+    machine = actor.machine
+    now = actor.environment.clock
+    if machine is None:
+        return vm.status.last_exit or Exit(reason=ExitReason.STOPPED, time=now())
+    if not force and limit > 0 and machine.run_state is not RunState.IO_ERROR:
+        await write(
+            actor.environment,
+            VM,
+            vm.meta.id,
+            lambda record: change_status(record, state=VMState.STOPPING),
+        )
+        await run.progress(None, "waiting for the guest to shut down")
+        if await _ask(actor, machine, limit):
+            actor.release()
+            return Exit(reason=ExitReason.STOPPED, time=now())
+    report = await machine.quit()
+    await actor.exited(None)
+    actor.release()
+    return Exit(
+        reason=ExitReason.FORCED,
+        time=report.time,
+        message="" if force else f"did not shut down within {limit:g} s",
+    )
+
+
+async def _ask(actor: VMActor, machine: QemuMachine, limit: float) -> bool:
+    """Asks through the agent or else the power button, again and again; whether it ended."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + limit
+    if machine.run_state is RunState.PAUSED:
+        await machine.resume()
+    asked = False
+    if machine.agent is not None and await machine.agent.ping(timeout=min(1.0, limit)):
+        try:
+            await machine.agent_shutdown(timeout=min(AGENT_TIMEOUT, limit))
+            asked = True
+        except (GuestAgentError, TimeLimitError):
+            asked = False
+    while (left := deadline - loop.time()) > 0:
+        if not asked:
+            with contextlib.suppress(WrongStateError):  # it may be on its way down already
+                await machine.power_button()
+        asked = False
+        if await actor.exited(min(left, BUTTON_INTERVAL)) is not None:
+            return True
+    return False
+
+
+def _ended(record: VM, end: Exit) -> VM:
+    return change_status(
+        record,
+        state=VMState.STOPPED,
+        instance=None,
+        last_exit=end,
+        addresses=(),
+        agent=None,
+        message=end.message or None,
+    )
+
+
+async def restart(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
+    """Stops the VM and starts it with its present spec."""
+    machine = actor.machine
+    if machine is not None and machine.instance.started < run.task.meta.created:
+        await stop(actor, vm, run)
+        await write(
+            actor.environment,
+            VM,
+            vm.meta.id,
+            lambda record: change_status(record, state=VMState.STARTING, instance=None),
+        )
+    outcome = await start(actor, vm, run)
+    outcome.message = f"{vm.label} was restarted"
+    return outcome
+
+
+async def reset(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
+    """Presses reset."""
+    machine = _machine(actor, vm)
+    await machine.reset()
+    return Outcome(
+        lambda record: change_status(record, state=actor.present_state(record)),
+        event="vm.reset",
+        message=f"{vm.label} was reset",
+    )
+
+
+async def pause(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
+    """Halts the processors."""
+    machine = _machine(actor, vm)
+    if machine.run_state is RunState.RUNNING:
+        await machine.pause()
+    return Outcome(
+        lambda record: change_status(record, state=VMState.PAUSED),
+        event="vm.paused",
+        message=f"{vm.label} was paused",
+    )
+
+
+async def resume(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
+    """Lets a paused or suspended VM go on."""
+    if actor.machine is None:
+        return await start(actor, vm, run)
+    if actor.machine.run_state in (RunState.PAUSED, RunState.IO_ERROR):
+        await actor.machine.resume()
+    return Outcome(
+        lambda record: change_status(record, state=VMState.RUNNING, message=None),
+        event="vm.resumed",
+        message=f"{vm.label} goes on",
+    )
+
+
+async def suspend(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
+    """Saves memory and devices to disk and ends the process."""
+    saved = actor.environment.suspended_path(vm.meta.id)
+    if actor.machine is not None:
+        await write(
+            actor.environment,
+            VM,
+            vm.meta.id,
+            lambda record: change_status(record, state=VMState.SUSPENDING),
+        )
+        await run.progress(0.0, "saving memory")
+        await actor.machine.suspend(saved)
+        await actor.exited(None)
+        actor.release()
+    if not saved.exists():
+        raise WrongStateError(f"{vm.label} is not running", object=vm.label)
+    now = actor.environment.clock()
+
+    def change(record: VM) -> VM:
+        end = Exit(reason=ExitReason.SUSPENDED, time=now)
+        return change_status(_ended(record, end), state=VMState.SUSPENDED)
+
+    return Outcome(change, event="vm.suspended", message=f"{vm.label} was suspended to disk")
+
+
+def _machine(actor: VMActor, vm: VM) -> QemuMachine:
+    if actor.machine is None:
+        raise WrongStateError(
+            f"{vm.label} is not running",
+            object=vm.label,
+            action=f"start it: croft start {vm.meta.name}",
+            state=vm.status.state,
+            needed=VMState.RUNNING,
+        )
+    return actor.machine

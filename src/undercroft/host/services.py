@@ -1,0 +1,151 @@
+"""This host as the operations see it: reaching into running VMs."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
+
+from undercroft.host.environment import Environment
+from undercroft.hypervisor.console import read_log
+from undercroft.hypervisor.guestagent import GuestAgent
+from undercroft.hypervisor.machine import QemuMachine
+from undercroft.model.errors import GuestAgentError, UndercroftError, WrongStateError
+from undercroft.model.names import new_id
+from undercroft.model.requests import CheckReport, ExecRequest, ExecResult, VMSample
+from undercroft.model.vm import VM
+from undercroft.operations.services import ByteStream, ConsoleSession
+
+READ_SIZE = 64 << 10
+
+
+class SocketStream:
+    """A connected, non-blocking socket as a `ByteStream`."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._closed = False
+
+    async def read(self) -> bytes:
+        """Some bytes; empty at the end."""
+        try:
+            return await asyncio.get_running_loop().sock_recv(self._socket, READ_SIZE)
+        except OSError:
+            return b""
+
+    async def write(self, data: bytes) -> None:
+        """Sends bytes."""
+        try:
+            await asyncio.get_running_loop().sock_sendall(self._socket, data)
+        except OSError:
+            raise WrongStateError("the display has gone away") from None
+
+    async def close(self) -> None:
+        """Ends it."""
+        if not self._closed:
+            self._closed = True
+            self._socket.close()
+
+
+class LocalHost:
+    """`undercroft.operations.services.HostServices` of the host that this daemon is."""
+
+    def __init__(
+        self,
+        environment: Environment,
+        machine_of: Callable[[str], QemuMachine | None],
+        check: Callable[[bool], Awaitable[CheckReport]],
+    ) -> None:
+        self._environment = environment
+        self._machine_of = machine_of
+        self._check = check
+
+    def _machine(self, vm: VM) -> QemuMachine:
+        machine = self._machine_of(vm.meta.id)
+        if machine is None:
+            raise WrongStateError(
+                f"{vm.label} is not running",
+                object=vm.label,
+                action=f"start it: croft start {vm.meta.name}",
+                state=vm.status.state,
+            )
+        return machine
+
+    def _agent(self, vm: VM) -> GuestAgent:
+        agent = self._machine(vm).agent
+        if agent is None:
+            raise GuestAgentError(f"{vm.label} has no guest agent channel", object=vm.label)
+        return agent
+
+    async def exec(self, vm: VM, request: ExecRequest) -> ExecResult:
+        """Runs a program in the guest through its agent."""
+        return await self._agent(vm).exec(
+            request.argv, input=request.input, env=request.env, timeout=request.timeout
+        )
+
+    def read_file(self, vm: VM, path: str) -> AsyncIterator[bytes]:
+        """The content of a file in the guest."""
+        return self._agent(vm).read_file(path)
+
+    async def write_file(
+        self, vm: VM, path: str, content: AsyncIterator[bytes], mode: int | None = None
+    ) -> int:
+        """Writes a file in the guest."""
+        return await self._agent(vm).write_file(path, content, mode)
+
+    async def screenshot(self, vm: VM) -> bytes:
+        """The display as PNG."""
+        return await self._machine(vm).screenshot()
+
+    async def console(self, vm: VM, scrollback: int) -> ConsoleSession:
+        """Attaches to the serial console."""
+        return await self._machine(vm).console.attach(scrollback)
+
+    async def vnc(self, vm: VM) -> ByteStream:
+        """Attaches to the display."""
+        return SocketStream(await self._machine(vm).vnc())
+
+    async def log(self, vm: VM, limit: int) -> bytes:
+        """The last bytes of console output."""
+        directory = self._environment.vm_directory(vm.meta.id)
+        return await asyncio.to_thread(read_log, directory, limit)
+
+    async def samples(self) -> Sequence[VMSample]:
+        """Measurements of all running VMs; one that ends meanwhile is left out."""
+        listing = await self._environment.store.list(VM)
+        running = [
+            (item.record, machine)
+            for item in listing.items
+            if (machine := self._machine_of(item.record.meta.id)) is not None
+        ]
+        return [
+            sample
+            for sample in await asyncio.gather(*(_sample(vm, m) for vm, m in running))
+            if sample is not None
+        ]
+
+    async def check(self, repair: bool) -> CheckReport:
+        """Looks for what a crash left behind."""
+        return await self._check(repair)
+
+    def upload_path(self, name: str) -> Path:
+        """A fresh path for content that is being sent."""
+        return self._environment.tmp / f"upload-{new_id('image').removeprefix('img-')}"
+
+
+async def _sample(vm: VM, machine: QemuMachine) -> VMSample | None:
+    try:
+        stats = await machine.stats()
+    except UndercroftError:
+        return None
+    return VMSample(
+        vm=vm.meta.id,
+        name=vm.meta.name,
+        cpu_seconds=stats.cpu_seconds,
+        memory=stats.memory,
+        disk_read_bytes=stats.disk_read_bytes,
+        disk_write_bytes=stats.disk_write_bytes,
+        disk_reads=stats.disk_reads,
+        disk_writes=stats.disk_writes,
+    )

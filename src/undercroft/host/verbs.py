@@ -1,0 +1,18 @@
+"""Which function carries out which verb on a VM."""
+
+from __future__ import annotations
+
+from undercroft.host import creation, power
+from undercroft.host.actor import Verb
+
+VM_VERBS: dict[str, Verb] = {
+    "vm.create": creation.create,
+    "vm.remove": creation.remove,
+    "vm.start": power.start,
+    "vm.stop": power.stop,
+    "vm.restart": power.restart,
+    "vm.reset": power.reset,
+    "vm.pause": power.pause,
+    "vm.resume": power.resume,
+    "vm.suspend": power.suspend,
+}
