@@ -84,6 +84,9 @@ def add_board(line: Line, firmware: FirmwareFiles | None) -> None:
     line.add("-m", f"size={plan.memory // 1024}k")
     if firmware is not None:
         _add_flash(line, firmware)
+    if plan.machine is Machine.MICROVM:
+        # The default with ACPI, SeaBIOS, starts a kernel only through option ROMs.
+        line.add("-bios", "qboot.rom")
     if plan.kernel is not None:
         _add_kernel(line, plan.kernel)
     elif line.x86:

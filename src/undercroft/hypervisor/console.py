@@ -103,14 +103,17 @@ class ConsolePump:
         directory: Path,
         limits: LogLimits,
         *,
+        fresh: bool = False,
         on_lost: Callable[[int], None] | None = None,
     ) -> None:
-        """Takes over a connected, non-blocking socket and starts. ``on_lost`` is told how many
-        bytes the log could not take, once per shortage."""
+        """Takes over a connected, non-blocking socket and starts. ``fresh``: the machine was just
+        started, so that what the log has is of an earlier run, and no scrollback. ``on_lost`` is
+        told how many bytes the log could not take, once per shortage."""
         self._connection = connection
         self._limits = limits
         self._on_lost = on_lost
         self._log = BoundedLog(directory / CONSOLE_LOG, limits.console)
+        self._said: int | None = 0 if fresh else None  # bytes of this run, if known
         self._pending = bytearray()  # read, but not in the log yet
         self._log_lock = asyncio.Lock()
         self._sessions: set[ConsoleSession] = set()
@@ -131,7 +134,10 @@ class ConsolePump:
             raise BusyError(f"{_MOST_SESSIONS} sessions are attached to this console already")
         scrollback = min(max(scrollback, 0), self._limits.scrollback)
         async with self._log_lock:
-            before = await asyncio.to_thread(read_tail, self._log.path, scrollback)
+            logged = scrollback
+            if self._said is not None:
+                logged = min(logged, self._said - len(self._pending))
+            before = await asyncio.to_thread(read_tail, self._log.path, logged)
             # No await from here on: what is read from now on reaches the session by `feed`.
             before += bytes(self._pending)
             session = ConsoleSession(self, before[-scrollback:] if scrollback else b"")
@@ -205,6 +211,8 @@ class ConsolePump:
         for session in self._sessions:
             session.feed(data)
         self._pending += data
+        if self._said is not None:
+            self._said += len(data)
         if self._flusher is None or self._flusher.done():
             self._flusher = asyncio.create_task(self._flush())
 

@@ -47,6 +47,7 @@ from undercroft.hypervisor.state import (
 )
 from undercroft.hypervisor.suspend import load_state, save_state, suspended_plan
 from undercroft.model.errors import (
+    GuestAgentError,
     HypervisorError,
     QemuStartError,
     QmpError,
@@ -164,7 +165,7 @@ class QemuMachine:
 
     async def _come_up(self, launched: Launch, emulator: Emulator) -> None:
         self.instance = self._make_instance(launched.process, emulator.version_text)
-        self.console = self._open_console(launched.connections["serial"])
+        self.console = self._open_console(launched.connections["serial"], fresh=True)
         self._watcher = asyncio.create_task(self._watch())
         await self._connect(launched.connections["qmp"], _START_TIMEOUT)
         if self.plan.incoming is not None:
@@ -228,7 +229,7 @@ class QemuMachine:
         try:
             machine.instance = instance or machine._make_instance(process, "")
             serial = sockets.connect(run_directory / "serial.sock")
-            machine.console = machine._open_console(serial)
+            machine.console = machine._open_console(serial, fresh=False)
             machine._watcher = asyncio.create_task(machine._watch())
             await machine._connect(connection, _ADOPT_TIMEOUT)
             if instance is None:
@@ -258,11 +259,12 @@ class QemuMachine:
             generation=plan.generation,
         )
 
-    def _open_console(self, connection: socket.socket) -> ConsolePump:
+    def _open_console(self, connection: socket.socket, *, fresh: bool) -> ConsolePump:
         return ConsolePump(
             connection,
             Path(self.plan.directory),
             self.plan.logs,
+            fresh=fresh,
             on_lost=lambda size: self._emit("log-lost", bytes=size),
         )
 
@@ -273,6 +275,9 @@ class QemuMachine:
             # A daemon died while suspending: the file is not there, the guest is still whole.
             with contextlib.suppress(QmpError):
                 await self._monitor.execute("migrate_cancel")
+        for device in await self._monitor.execute("query-chardev"):
+            if device["label"] == "agent" and self.agent is not None:
+                self.agent.channel.present = bool(device["frontend-open"])
         state = RunState.from_qemu(status)
         if self._hint is None:
             self.run_state = state
@@ -303,7 +308,7 @@ class QemuMachine:
             case "RESET" if data.get("guest"):
                 self._emit("reset")
             case "VSERPORT_CHANGE":
-                self._emit("agent", connected=bool(data.get("open")))
+                self._see_agent(bool(data.get("open")))
             case _:
                 pass
 
@@ -319,6 +324,11 @@ class QemuMachine:
         if state in _FINAL and self._hint is None:
             self._hint = "guest-shutdown" if state is RunState.SHUTDOWN else "guest-panic"
             self._ending = asyncio.create_task(self._end())
+
+    def _see_agent(self, present: bool) -> None:
+        if self.agent is not None:
+            self.agent.channel.present = present
+            self._emit("agent", connected=present)
 
     def _emit(self, kind: str, **data: Any) -> None:
         if self._on_event is not None and not self._detached:
@@ -484,8 +494,6 @@ class QemuMachine:
 
     def _need_agent(self) -> GuestAgent:
         if self.agent is None:
-            from undercroft.model.errors import GuestAgentError
-
             raise GuestAgentError(f"vm {self.name} has no channel to a guest agent")
         return self.agent
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Coroutine
 from enum import StrEnum
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
 
 from undercroft.model.base import Model
 from undercroft.model.errors import WrongStateError
@@ -110,6 +110,6 @@ def needs(*states: RunState) -> Callable[[_Method[_S, _P, _R]], _Method[_S, _P, 
                 )
             return await method(machine, *args, **kwargs)
 
-        return guarded
+        return cast("_Method[_S, _P, _R]", guarded)
 
     return decorate

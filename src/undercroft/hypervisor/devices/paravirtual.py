@@ -32,12 +32,15 @@ class Balloon:
 
 @dataclass(frozen=True)
 class PanicNotifier:
-    """pvpanic: the guest's kernel says that it panicked. On the ISA bus of a PC (7.2 and newer
-    describe it in ACPI), on PCI elsewhere."""
+    """pvpanic: the guest's kernel says that it panicked. On the ISA bus of a PC, found through
+    ACPI (Linux since 3.10, Windows); on PCI elsewhere (Linux since 5.13)."""
 
     def add_to(self, line: Line) -> None:
         """Adds the notifier."""
-        line.device("pvpanic-pci", PVPANIC, id="panic")
+        if line.x86:
+            line.device("pvpanic", id="panic")
+        else:
+            line.device("pvpanic-pci", PVPANIC, id="panic")
 
 
 @dataclass(frozen=True)
