@@ -30,6 +30,7 @@ Progress = Callable[[float, str], None]
 """Called with the fraction done (0 to 1) and what is being done; must not block."""
 
 _KEEP = 64 * 1024  # of what a program says on stderr
+_KEEP_OUTPUT = 16 * 1024 * 1024  # of what it says on stdout
 _GRACE = 5.0  # seconds between SIGTERM and SIGKILL
 # Sysadmin programs (mke2fs, mkfs.vfat) live where an ordinary user's PATH does not look.
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -75,6 +76,17 @@ class Identity:
         self.uid = uid
         self.gid = gid
 
+    def prefix(self) -> list[str]:
+        """The ``setpriv`` command that takes the identity on (uvloop's subprocesses cannot)."""
+        return [
+            tool("setpriv", package="util-linux"),
+            f"--reuid={self.uid}",
+            f"--regid={self.gid}",
+            "--clear-groups",
+            "--no-new-privs",
+            "--",
+        ]
+
 
 def tool(name: str, *, package: str) -> str:
     """The path of a program.
@@ -102,11 +114,13 @@ async def run(
     limits: Limits | None = None,
     identity: Identity | None = None,
     on_line: Callable[[str], None] | None = None,
+    on_output: Callable[[bytes], None] | None = None,
 ) -> bytes:
     """Runs a program to its end and returns what it wrote to stdout (at most 16 MiB).
 
     ``env`` is added to a small fixed environment; ``timeout`` is in seconds; ``on_line`` gets each
-    line of stderr as it comes. With ``identity`` the program runs as that uid and gid.
+    line of stderr as it comes, ``on_output`` what comes on stdout. With ``identity`` the program
+    runs as that uid and gid.
 
     Raises:
         ProgramError: it failed; ``data`` holds ``exit`` (negative: the signal that ended it).
@@ -114,7 +128,11 @@ async def run(
         MissingToolError: no such program.
     """
     name = Path(argv[0]).name
-    command = [*(limits.prefix() if limits else []), *argv]
+    command = [
+        *(identity.prefix() if identity else []),
+        *(limits.prefix() if limits else []),
+        *argv,
+    ]
     # A fixed locale and time zone make builds repeatable and messages recognizable.
     environment = {
         "PATH": os.environ.get("PATH", "") + os.pathsep + _PATH,
@@ -123,9 +141,6 @@ async def run(
         "HOME": os.environ.get("HOME", "/"),
         **(env or {}),
     }
-    credentials = (
-        {"user": identity.uid, "group": identity.gid, "extra_groups": []} if identity else {}
-    )
     starting = asyncio.ensure_future(
         asyncio.create_subprocess_exec(
             *command,
@@ -135,7 +150,6 @@ async def run(
             cwd=cwd,
             env=environment,
             start_new_session=True,
-            **credentials,  # type: ignore[arg-type]
         )
     )
     try:
@@ -153,7 +167,7 @@ async def run(
     try:
         async with asyncio.timeout(timeout):
             async with asyncio.TaskGroup() as group:
-                output = group.create_task(_read_all(child.stdout))
+                output = group.create_task(_read_all(child.stdout, on_output))
                 group.create_task(_read_lines(child.stderr, said, on_line))
                 if stdin is not None:
                     group.create_task(_feed(child, stdin))
@@ -180,10 +194,14 @@ def _outcome(code: int | None) -> str:
     return f"exit code {code}"
 
 
-async def _read_all(stream: asyncio.StreamReader | None, limit: int = 16 << 20) -> bytes:
+async def _read_all(
+    stream: asyncio.StreamReader | None, on_output: Callable[[bytes], None] | None
+) -> bytes:
     data = bytearray()
     while stream is not None and (chunk := await stream.read(65536)):
-        data += chunk[: max(0, limit - len(data))]
+        data += chunk[: max(0, _KEEP_OUTPUT - len(data))]
+        if on_output is not None:
+            on_output(chunk)
     return bytes(data)
 
 
