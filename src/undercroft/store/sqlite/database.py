@@ -97,7 +97,10 @@ def _prepare_file(path: Path) -> bool:
         except FileExistsError:
             if not path.is_file() or path.is_symlink():
                 raise corrupt(path, "it is not an ordinary file") from None
-            if path.stat().st_mode & 0o077:
+            stat = path.stat()
+            if 0 < stat.st_size < 512:  # SQLite would take it for an empty database
+                raise corrupt(path, "it is not a database") from None
+            if stat.st_mode & 0o077:
                 path.chmod(0o600)
         wal = path.with_name(path.name + "-wal")
         return wal.exists() and wal.stat().st_size > 0

@@ -235,7 +235,8 @@ class Writer:
             while free > SPARE_PAGES + STEP_PAGES:
                 if not self._queue.empty():
                     return  # goes on later
-                self._db.execute(f"PRAGMA incremental_vacuum({STEP_PAGES})").fetchall()
+                # Not execute: it would stop after the first page.
+                self._db.executescript(f"PRAGMA incremental_vacuum({STEP_PAGES});")
                 free -= STEP_PAGES
             self._freed = False
         except sqlite3.Error as error:
