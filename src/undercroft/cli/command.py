@@ -1,0 +1,193 @@
+"""What a command is, and how its words are read."""
+
+from __future__ import annotations
+
+import argparse
+
+from undercroft.cli.errors import UsageError, closest
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+    from undercroft.cli.context import Croft
+
+Namespace = argparse.Namespace
+EVERYWHERE = "everywhere"
+
+GLOBAL_FLAGS = {
+    "--json": "json",
+    "-q": "quiet",
+    "--quiet": "quiet",
+    "--no-color": "no_color",
+    "--no-colour": "no_color",
+    "-v": "verbose",
+    "--verbose": "verbose",
+}
+GLOBAL_VALUES = {"--data": "data", "--url": "url"}
+
+
+class Command:
+    """One command of croft. A subclass says what it takes and does it.
+
+    ``description`` is a paragraph for ``--help``; ``examples`` are pairs of a command line and what
+    it is good for. ``mixed``: options may stand between the names.
+    """
+
+    description = ""
+    examples: tuple[tuple[str, str], ...] = ()
+    mixed = True
+
+    def arguments(self, parser: Parser) -> None:
+        """Declares what the command takes."""
+
+    def run(self, croft: Croft, args: Namespace) -> int:
+        """Does it; returns the exit code."""
+        raise NotImplementedError
+
+
+class Parser(argparse.ArgumentParser):
+    """Reads the words after a command's name."""
+
+    def __init__(self, words: str) -> None:
+        super().__init__(
+            prog=f"croft {words}", add_help=False, allow_abbrev=False, argument_default=None
+        )
+        self.words = words
+
+    def error(self, message: str) -> NoReturn:
+        """Explains what is wrong.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(*self._explain(message))
+
+    def _explain(self, message: str) -> tuple[str, str]:
+        see = f"see: croft {self.words} --help"
+        if message.startswith("the following arguments are required: "):
+            missing = message.partition(": ")[2]
+            return f"{self.prog} needs {missing}", see
+        if message.startswith("unrecognized arguments: "):
+            words = message.partition(": ")[2].split()
+            word = words[0].partition("=")[0]
+            if not word.startswith("-"):
+                return f"{self.prog} does not take {word!r}", see
+            known = [name for action in self._actions for name in action.option_strings]
+            if found := closest(word, known, 2):
+                see = f"did you mean {' or '.join(found)}? {see[0].upper()}{see[1:]}"
+            return f"{self.prog} has no option {word}", see
+        return f"{self.prog}: {message}", see
+
+
+def add_globals(parser: argparse.ArgumentParser) -> None:
+    """The options that every command takes, before or after its name."""
+    group = parser.add_argument_group(EVERYWHERE)
+    hidden = argparse.SUPPRESS  # a default would undo what was given before the command's name
+    group.add_argument("--json", action="store_true", default=hidden, help="print JSON")
+    group.add_argument(
+        "-q", "--quiet", action="store_true", default=hidden, help="print only what was asked for"
+    )
+    group.add_argument(
+        "-v", "--verbose", action="store_true", default=hidden, help="print more, also with errors"
+    )
+    group.add_argument(
+        "--no-color", "--no-colour", action="store_true", default=hidden, help="no colours"
+    )
+    group.add_argument(
+        "--data", metavar="DIR", default=hidden, help="the data directory (CROFT_DATA)"
+    )
+    group.add_argument(
+        "--url", metavar="URL", default=hidden, help="a daemon elsewhere (CROFT_URL)"
+    )
+    group.add_argument("-h", "--help", action="store_true", default=hidden, help="explain")
+
+
+def build(words: str, command: Command) -> Parser:
+    """The parser of a command."""
+    parser = Parser(words)
+    command.arguments(parser)
+    add_globals(parser)
+    return parser
+
+
+def split_globals(argv: list[str]) -> tuple[dict[str, object], list[str]]:
+    """The options before the command's name, and the rest.
+
+    Raises:
+        UsageError: an option that croft does not have.
+    """
+    found: dict[str, object] = {}
+    rest = list(argv)
+    while rest and rest[0].startswith("-") and rest[0] != "--":
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        if word in ("-h", "--help"):
+            return found, ["help", *rest]
+        if word in ("-V", "--version"):
+            return found, ["version", "--short", *rest]
+        if word in GLOBAL_FLAGS:
+            found[GLOBAL_FLAGS[word]] = True
+        elif name in GLOBAL_VALUES:
+            if not equals:
+                if not rest:
+                    raise UsageError(f"{name} needs a value", "see: croft help")
+                value = rest.pop(0)
+            found[GLOBAL_VALUES[name]] = value
+        else:
+            raise UsageError(
+                f"croft has no option {name} before the command's name",
+                "write it after the name, or see: croft help",
+            )
+    return found, rest
+
+
+def label(text: str) -> tuple[str, str]:
+    """``key=value``.
+
+    Raises:
+        ArgumentTypeError: it is not.
+    """
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    return key, value
+
+
+def size(text: str) -> int:
+    """A size in bytes from ``1G``.
+
+    Raises:
+        ArgumentTypeError: it is not one.
+    """
+    from undercroft.model.errors import InvalidError
+    from undercroft.model.units import parse_size
+
+    try:
+        return parse_size(text)
+    except InvalidError as error:
+        raise argparse.ArgumentTypeError(f"{error.message}: {error.action}") from None
+
+
+def duration(text: str) -> float:
+    """Seconds from ``90``, ``90s`` or ``5m``.
+
+    Raises:
+        ArgumentTypeError: it is not one.
+    """
+    from undercroft.model.errors import InvalidError
+    from undercroft.model.units import parse_duration
+
+    try:
+        return parse_duration(text)
+    except InvalidError as error:
+        raise argparse.ArgumentTypeError(f"{error.message}: {error.action}") from None
+
+
+def add_names(parser: Parser, what: str = "VM", plural: bool = True) -> None:
+    """The names (or ids) of what the command is about."""
+    noun = "a VM's name or id" if what == "VM" else f"name or id of the {what.lower()}"
+    if plural:
+        parser.add_argument("names", metavar=what, nargs="+", help=noun)
+    else:
+        parser.add_argument("name", metavar=what, help=noun)

@@ -1,0 +1,146 @@
+"""Every command: where it is, and what it does in one line. Reading this imports none of them."""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from undercroft.cli.command import Command
+
+# words → (module, class, summary)
+COMMANDS: dict[str, tuple[str, str, str]] = {
+    "run": ("run", "Run", "Create a VM from an image and start it"),
+    "ls": ("vms", "Ls", "List VMs"),
+    "show": ("vms", "Show", "Show everything about a VM"),
+    "set": ("vms", "Set", "Change a VM: CPUs, memory, ports, name, …"),
+    "rm": ("vms", "Rm", "Remove VMs and their disks"),
+    "start": ("power", "Start", "Switch VMs on"),
+    "stop": ("power", "Stop", "Shut VMs down"),
+    "restart": ("power", "Restart", "Shut VMs down and start them again"),
+    "reset": ("power", "Reset", "Press the reset button"),
+    "pause": ("power", "Pause", "Freeze VMs; their memory stays"),
+    "resume": ("power", "Resume", "Let paused or suspended VMs go on"),
+    "suspend": ("power", "Suspend", "Save VMs' memory to disk and switch them off"),
+    "console": ("console", "Console", "Sit down at a VM's serial console"),
+    "log": ("console", "Log", "Print what a VM's console said"),
+    "screenshot": ("console", "Screenshot", "Save a picture of a VM's display"),
+    "shell": ("shell", "Shell", "Open a shell in a VM"),
+    "exec": ("guest", "Exec", "Run a program in a VM"),
+    "cp": ("copy", "Copy", "Copy files into and out of VMs"),
+    "image ls": ("images", "Ls", "List images"),
+    "image show": ("images", "Show", "Show everything about an image"),
+    "image build": ("images", "Build", "Build an image from packages: tiny, debian:12"),
+    "image import": ("images", "Import", "Make an image from a disk file or an address"),
+    "image catalogue": ("images", "Catalogue", "List the images that can be fetched by name"),
+    "image rm": ("images", "Rm", "Remove images"),
+    "volume ls": ("volumes", "Ls", "List volumes: the disks of VMs"),
+    "volume show": ("volumes", "Show", "Show everything about a volume"),
+    "task ls": ("tasks", "Ls", "List tasks: what is under way, and how it went"),
+    "task show": ("tasks", "Show", "Show everything about a task"),
+    "task wait": ("tasks", "Wait", "Wait for tasks, with their progress"),
+    "task cancel": ("tasks", "Cancel", "Ask tasks to stop"),
+    "events": ("events", "Events", "Show what happened, or follow along"),
+    "top": ("top", "Top", "Watch what VMs use"),
+    "host show": ("hosts", "Show", "Show this host: QEMU, accelerators, room"),
+    "host check": ("hosts", "Check", "Look for what a crash left behind, and repair it"),
+    "daemon": ("daemon", "Daemon", "Run the daemon, or ask about it"),
+    "token create": ("tokens", "Create", "Let somebody use the API over the network"),
+    "token ls": ("tokens", "Ls", "List tokens"),
+    "token rm": ("tokens", "Rm", "Take tokens back"),
+    "completion": ("completion", "Completion", "Print what makes a shell complete croft"),
+    "version": ("version", "Version", "Print the version of croft and of the daemon"),
+    "help": ("help", "Help", "Explain croft, or one of its commands"),
+}
+
+NOUNS = {
+    "image": "Images: what VMs are made from",
+    "volume": "Volumes: the disks of VMs",
+    "task": "Tasks: what is under way",
+    "host": "This host",
+    "token": "Tokens: access to the API over the network",
+}
+
+# The tour: themes in the order in which a new user meets them.
+THEMES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("Run virtual machines", ("run", "ls", "show", "set", "rm")),
+    ("Switch them", ("start", "stop", "restart", "reset", "pause", "resume", "suspend")),
+    ("Get into them", ("shell", "console", "exec", "cp", "log", "screenshot")),
+    (
+        "What they are made from",
+        ("image ls", "image build", "image import", "image catalogue", "volume ls"),
+    ),
+    ("What is going on", ("top", "events", "task ls", "host show", "host check")),
+    ("Undercroft itself", ("daemon", "token create", "completion", "version", "help")),
+)
+
+# What people who come from elsewhere type. The first are taken as they are, …
+ALIASES = {
+    "ps": "ls",
+    "list": "ls",
+    "info": "show",
+    "inspect": "show",
+    "logs": "log",
+    "remove": "rm",
+    "images": "image ls",
+    "volumes": "volume ls",
+    "tasks": "task ls",
+    "event": "events",
+    "image list": "image ls",
+    "image inspect": "image show",
+    "image remove": "image rm",
+    "image catalog": "image catalogue",
+}
+# … the others mean something else there, so they are only explained.
+ELSEWHERE = {
+    "destroy": "croft stop --force VM switches a VM off, croft rm VM removes it",
+    "undefine": "croft rm VM",
+    "delete": "croft rm VM",
+    "kill": "croft stop --force VM",
+    "shutdown": "croft stop VM",
+    "poweroff": "croft stop VM, or with --force at once",
+    "reboot": "croft restart VM",
+    "create": "croft run IMAGE --no-start",
+    "clone": "croft run IMAGE makes as many VMs from an image as you like",
+    "save": "croft suspend VM",
+    "managedsave": "croft suspend VM",
+    "restore": "croft resume VM",
+    "unpause": "croft resume VM",
+    "attach": "croft console VM",
+    "ssh": "croft shell VM",
+    "pull": "croft image import FILE|URL, or croft run NAME fetches by itself",
+    "build": "croft image build tiny|debian:12",
+    "import": "croft image import FILE|URL",
+    "edit": "croft set VM …",
+    "rename": "croft set VM --name NEW",
+    "stats": "croft top",
+    "monitor": "croft top, or croft events --follow",
+    "nodeinfo": "croft host show",
+    "dominfo": "croft show VM",
+    "domifaddr": "croft show VM",
+    "qm": "croft help",
+    "virsh": "croft help",
+}
+
+
+def load(words: str) -> type[Command]:
+    """The class of a command; imports its module.
+
+    Raises:
+        KeyError: no such command.
+    """
+    from importlib import import_module
+
+    module, name, _ = COMMANDS[words]
+    found: type[Command] = getattr(import_module(f"undercroft.cli.{module}"), name)
+    return found
+
+
+def resolve(argv: list[str]) -> tuple[str, list[str]] | None:
+    """The command that the words begin with, and what follows it; None if there is none."""
+    if not argv:
+        return None
+    two = " ".join(argv[:2])
+    for words, count in ((two, 2), (argv[0], 1)):
+        words = ALIASES.get(words, words)
+        if words in COMMANDS:
+            return words, argv[count:]
+    return None

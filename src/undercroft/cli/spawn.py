@@ -1,0 +1,190 @@
+"""Starting the daemon of a data directory when none answers, exactly once however many ask."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import subprocess
+import sys
+import time
+
+from undercroft.model.errors import (
+    DaemonError,
+    ForbiddenError,
+    NoSpaceError,
+    UndercroftError,
+    error_classes,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from undercroft.cli.context import Croft
+    from undercroft.client.transport import Connection, Transport
+
+START_LIMIT = 30.0  # seconds until a daemon must answer
+_STEP = 0.02
+_TAIL = 12  # lines of the log that are shown
+_COMPLAINT = re.compile(r"croft: (.*) \(([a-z-]+)\)")  # how a daemon says why it does not start
+
+
+def ensure_daemon(croft: Croft, transport: Transport) -> Connection:
+    """A connection to the daemon of this data directory, which is started unless one is there.
+
+    Of several that call this at once one starts it, the others wait.
+
+    Raises:
+        DaemonError: it did not start, or does not answer.
+        ForbiddenError: the data directory belongs to somebody else.
+        UndercroftError: whatever the daemon itself refused to start with.
+    """
+    deadline = time.monotonic() + START_LIMIT
+    lock = _open_lock(croft.data)
+    try:
+        _take(lock, croft.data, deadline)
+        if connection := _connect(transport):
+            return connection
+        log = os.path.join(croft.data, "daemon.log")
+        if _held(os.path.join(croft.data, "daemon.lock")):
+            return _wait(transport, None, log, 0, deadline)
+        offset = os.path.getsize(log) if os.path.exists(log) else 0
+        process = _spawn(croft, log)
+        connection = _wait(transport, process, log, offset, deadline)
+        croft.note(f"started the Undercroft daemon for {croft.data} (pid {process.pid})")
+        return connection
+    finally:
+        os.close(lock)
+
+
+def _open_lock(data: str) -> int:
+    try:
+        if not os.path.isdir(data):
+            os.makedirs(data, mode=0o755)
+        return os.open(os.path.join(data, "start.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+    except PermissionError:
+        raise ForbiddenError(
+            f"no daemon answers for {data}, and you may not start one there",
+            action="become root, or use a directory of your own (--data DIR, CROFT_DATA)",
+        ) from None
+    except OSError as error:
+        kind = NoSpaceError if error.errno == 28 else DaemonError  # ENOSPC
+        raise kind(
+            f"{data} cannot be used as a data directory ({(error.strerror or '').lower()})",
+            action="choose another with --data DIR or CROFT_DATA",
+        ) from None
+
+
+def _take(lock: int, data: str, deadline: float) -> None:
+    """Waits for the right to start the daemon."""
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise DaemonError(
+                    f"another croft has been starting the daemon for {data} for too long",
+                    action=f"see {os.path.join(data, 'daemon.log')}",
+                ) from None
+            time.sleep(_STEP)
+        else:
+            return
+
+
+def _connect(transport: Transport) -> Connection | None:
+    try:
+        return transport.connect()
+    except DaemonError:
+        return None
+
+
+def _held(path: str) -> bool:
+    """Whether somebody holds the lock of a running daemon."""
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(file)
+    return False
+
+
+def _spawn(croft: Croft, log: str) -> subprocess.Popen[bytes]:
+    """The daemon, in a session of its own, with nothing of ours but the environment."""
+    command = [sys.executable, *(["-I"] if sys.flags.isolated else []), "-m", "undercroft.cli"]
+    command += ["daemon", "--data", croft.data]
+    environ = {k: v for k, v in croft.environ.items() if not k.startswith("CROFT_")}
+    environ |= {k: v for k, v in croft.environ.items() if k == "CROFT_DEBUG"}
+    try:
+        with open(log, "ab", opener=lambda p, flags: os.open(p, flags, 0o640)) as output:
+            return subprocess.Popen(
+                command,
+                cwd="/",
+                env=environ,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                umask=0o022,
+            )
+    except OSError as error:
+        raise DaemonError(
+            f"the daemon could not be started: {error.strerror}", action=f"see {log}"
+        ) from None
+
+
+def _wait(
+    transport: Transport,
+    process: subprocess.Popen[bytes] | None,
+    log: str,
+    offset: int,
+    deadline: float,
+) -> Connection:
+    lock = os.path.join(os.path.dirname(log), "daemon.lock")
+    while True:
+        if connection := _connect(transport):
+            return connection
+        ended = process is not None and process.poll() is not None
+        # It may have ended because somebody else's daemon was quicker: then that one will answer.
+        if ended and not _held(lock):
+            raise _why(log, offset)
+        if time.monotonic() > deadline:
+            who = f" (pid {process.pid})" if process is not None else ""
+            raise DaemonError(
+                f"the daemon{who} runs, but has not answered for {START_LIMIT:.0f} seconds",
+                action=_last_words(log, offset),
+            )
+        time.sleep(_STEP)
+
+
+def _why(log: str, offset: int) -> UndercroftError:
+    """What the daemon did not start for: its own error, or the end of its log."""
+    lines = _read(log, offset)
+    for number in range(len(lines) - 1, -1, -1):
+        match = _COMPLAINT.fullmatch(lines[number])
+        if match is not None and match[2] in (classes := error_classes()):
+            rest = [line.strip().removeprefix("→").strip() for line in lines[number + 1 :]]
+            return classes[match[2]](match[1], action=" ".join(rest) or None)
+    return DaemonError("the daemon did not start", action=_last_words(log, offset))
+
+
+def _last_words(log: str, offset: int) -> str:
+    lines = _read(log, offset)
+    if not lines:
+        return f"it said nothing in {log}; start it by hand to see more: croft daemon"
+    return "\n".join([f"the end of {log}:", *(f"  {line[:300]}" for line in lines[-_TAIL:])])
+
+
+def _read(log: str, offset: int) -> list[str]:
+    try:
+        with open(log, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            file.seek(max(offset, size - 65536))
+            return [line for line in file.read().decode("utf-8", "replace").splitlines() if line]
+    except OSError:
+        return []
