@@ -1,0 +1,1 @@
+"""Downloading an image's file over http or https: resumed, bounded, checked, retried."""
