@@ -1,0 +1,25 @@
+"""Examples of request bodies, by operation id. A test sends each of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "createVM": {
+        "name": "web1",
+        "image": "debian:12",
+        "cpus": 2,
+        "memory": 1 << 30,
+        "disk": 10 << 30,
+        "forwards": [{"guest_port": 80, "host_port": 8080}],
+        "guest": {"user": "ada"},
+        "labels": {"env": "prod"},
+        "start": True,
+    },
+    "changeVM": {"cpus": 4, "memory": 2 << 30},
+    "stopVM": {"timeout": 30.0},
+    "restartVM": {"force": True},
+    "execInVM": {"argv": ["uname", "-a"], "timeout": 10.0},
+    "createImage": {"source": "build", "value": "debian:12"},
+    "checkHost": {"repair": False},
+}

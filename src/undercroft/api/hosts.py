@@ -1,0 +1,74 @@
+"""Hosts over REST, see `undercroft.operations.core`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from litestar import Controller, Response, get, post
+
+from undercroft.api.answers import (
+    CURSOR,
+    FIELDS,
+    FILTER,
+    LIMIT,
+    SORT,
+    AnyRequest,
+    PageOf,
+    answer_listing,
+    answer_record,
+    caller,
+    errors,
+    operations,
+)
+from undercroft.api.query import Query
+from undercroft.model.base import Spec
+from undercroft.model.host import Host
+from undercroft.model.requests import CheckReport
+
+
+class CheckRequest(Spec, frozen=True, kw_only=True):
+    """Whether a check shall also put right what it finds."""
+
+    repair: bool = False
+
+
+class HostController(Controller):
+    """Looking at hosts and checking them; ``self`` is the one that answers."""
+
+    path = "/v1/hosts"
+    tags = ["hosts"]
+
+    @get(operation_id="listHosts", summary="List hosts", responses=errors(304))
+    async def list_hosts(
+        self,
+        request: AnyRequest,
+        filter: Annotated[str | None, FILTER] = None,
+        sort: Annotated[str | None, SORT] = None,
+        limit: Annotated[int | None, LIMIT] = None,
+        cursor: Annotated[str | None, CURSOR] = None,
+        fields: Annotated[str | None, FIELDS] = None,
+    ) -> Response[PageOf[Host]]:
+        """All hosts."""
+        listing = await operations(request).hosts.list(caller(request))
+        query = Query(filter, sort, limit, cursor, fields)
+        return answer_listing(request, Host, listing, query)
+
+    @get("/{ref:str}", operation_id="getHost", summary="Show a host", responses=errors(304, 404))
+    async def get_host(self, request: AnyRequest, ref: str) -> Response[Host]:
+        """The host with this name or id; `self` is the one that answers."""
+        return answer_record(request, await operations(request).hosts.get(caller(request), ref))
+
+    @post(
+        "/self/check",
+        operation_id="checkHost",
+        summary="Look for what a crash left behind",
+        status_code=200,
+        responses=errors(),
+    )
+    async def check_host(
+        self, request: AnyRequest, data: CheckRequest | None = None
+    ) -> Response[CheckReport]:
+        """Compares processes, files and records; with `repair` puts right what does not fit."""
+        repair = data is not None and data.repair
+        report = await operations(request).hosts.check(caller(request), repair)
+        return Response(content=report, media_type="application/json")

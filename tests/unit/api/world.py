@@ -1,0 +1,176 @@
+"""A daemon without a hypervisor: real operations, a real store and the real API on a real socket,
+over a host that only pretends to run VMs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from undercroft.api.server import ApiServer
+from undercroft.client.client import Client
+from undercroft.client.connect import Endpoint
+from undercroft.model.base import Meta
+from undercroft.model.errors import GuestAgentError
+from undercroft.model.host import Host, HostStatus
+from undercroft.model.names import new_id
+from undercroft.model.requests import CheckReport, ExecRequest, ExecResult, VMSample
+from undercroft.model.vm import VM, VMSpec, VMState, VMStatus
+from undercroft.operations.access import SYSTEM
+from undercroft.operations.context import Context
+from undercroft.operations.core import Operations
+from undercroft.operations.services import ByteStream, ConsoleSession
+from undercroft.store.datadir import DataDirectory
+from undercroft.store.interface import Claim, Put, Transaction
+from undercroft.store.sqlite import SQLiteStore
+
+
+class Echo:
+    """A console, or a display, that says again what it hears. ``quit`` ends it."""
+
+    def __init__(self, greeting: bytes = b"") -> None:
+        self.queue: asyncio.Queue[bytes] = asyncio.Queue(maxsize=4)
+        self.closed = asyncio.Event()
+        self.written = 0
+        self.taken = 0
+        if greeting:
+            self.queue.put_nowait(greeting)
+
+    async def read(self) -> bytes:
+        data = await self.queue.get()
+        self.taken += len(data)
+        return data
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while data := await self.read():
+            yield data
+
+    async def write(self, data: bytes) -> None:
+        self.written += len(data)
+        await self.queue.put(b"" if data == b"quit" else data)
+
+    async def close(self) -> None:
+        self.closed.set()
+
+
+@dataclass
+class FakeHost:
+    """What a host does, without doing it."""
+
+    tmp: Path
+    files: dict[str, bytes] = field(default_factory=dict)
+    consoles: list[Echo] = field(default_factory=list)
+    running: list[VMSample] = field(default_factory=list)
+    repaired: list[bool] = field(default_factory=list)
+
+    async def exec(self, vm: VM, request: ExecRequest) -> ExecResult:
+        if request.argv[0] == "break":
+            raise KeyError("a secret of the inside")
+        await asyncio.sleep(0.01 if request.argv[0] != "sleep" else request.timeout)
+        return ExecResult(exit_code=0, stdout=" ".join(request.argv).encode())
+
+    async def read_file(self, vm: VM, path: str) -> AsyncIterator[bytes]:
+        if path not in self.files:
+            raise GuestAgentError(f"{path} does not exist", object=vm.label)
+        content = self.files[path]
+        for start in range(0, len(content), 50_000):
+            yield content[start : start + 50_000]
+        if path == "/cut":
+            raise GuestAgentError("the agent went away in the middle", object=vm.label)
+
+    async def write_file(
+        self, vm: VM, path: str, content: AsyncIterator[bytes], mode: int | None = None
+    ) -> int:
+        self.files[path] = b"".join([piece async for piece in content])
+        self.files[f"{path}:mode"] = repr(mode).encode()
+        return len(self.files[path])
+
+    async def screenshot(self, vm: VM) -> bytes:
+        return b"\x89PNG\r\n\x1a\n" + bytes(16)
+
+    async def console(self, vm: VM, scrollback: int) -> ConsoleSession:
+        self.consoles.append(Echo(b"x" * scrollback))
+        return self.consoles[-1]
+
+    async def vnc(self, vm: VM) -> ByteStream:
+        self.consoles.append(Echo(b"RFB 003.008\n"))
+        return self.consoles[-1]
+
+    async def log(self, vm: VM, limit: int) -> bytes:
+        return ("ready \N{SNOWMAN}\n".encode() * 100)[-limit:] if limit else b""
+
+    async def samples(self) -> Sequence[VMSample]:
+        return self.running
+
+    async def check(self, repair: bool) -> CheckReport:
+        self.repaired.append(repair)
+        return CheckReport(checked={"vms": 3})
+
+    def upload_path(self, name: str) -> Path:
+        return self.tmp / f"upload-{secrets.token_hex(8)}"
+
+
+@dataclass
+class World:
+    """Everything that a test may want to reach."""
+
+    directory: DataDirectory
+    store: SQLiteStore
+    host: FakeHost
+    operations: Operations
+    server: ApiServer
+
+    @property
+    def endpoint(self) -> Endpoint:
+        return Endpoint(path=str(self.directory.socket))
+
+    def client(self) -> Client:
+        return Client(self.endpoint, timeout=20.0)
+
+    async def add_vms(self, count: int, state: VMState = VMState.STOPPED) -> list[VM]:
+        """VMs that are simply there."""
+        host = (await self.operations.hosts.list(SYSTEM)).items[0].record.meta.id
+        vms = [
+            VM(
+                meta=Meta(
+                    id=new_id("vm"),
+                    name=f"web{number}",
+                    created=1000.0 + number,
+                    labels={"env": "prod" if number % 2 else "test"},
+                ),
+                spec=VMSpec(host=host, cpus=1 + number % 4),
+                status=VMStatus(state=state),
+            )
+            for number in range(count)
+        ]
+        claims = [Claim("vm/default", vm.meta.name, vm.meta.id) for vm in vms]
+        await self.store.transact(Transaction(claims=claims, puts=[Put(vm) for vm in vms]))
+        return vms
+
+
+@contextlib.asynccontextmanager
+async def running_world(path: Path, listen: str | None = None) -> AsyncIterator[World]:
+    """A world whose API answers."""
+    directory = DataDirectory.open(path)
+    store = await SQLiteStore.open(directory.store_file)
+    try:
+        host = Host(
+            meta=Meta(id=new_id("host"), name="here", created=1.0),
+            status=HostStatus(cpus=2, memory=1 << 34, disk_total=1000, disk_free=500),
+        )
+        await store.transact(
+            Transaction(claims=[Claim("host/default", "here", host.meta.id)], puts=[Put(host)])
+        )
+        services = FakeHost(directory.tmp)
+        operations = Operations(Context(store=store, host=host.meta.id, services=services))
+        server = ApiServer(operations, directory, listen)
+        await server.start()
+        try:
+            yield World(directory, store, services, operations, server)
+        finally:
+            await server.stop()
+    finally:
+        await store.close()
