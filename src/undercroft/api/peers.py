@@ -9,7 +9,7 @@ import socket
 import struct
 import time
 from email.utils import formatdate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -77,7 +77,7 @@ class ApiProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A connection; also one over TLS, once that is established."""
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - what loops hand over
+        transport = cast(asyncio.Transport, transport)  # uvloop's are none by their class
         super().connection_made(transport)
         connection = transport.get_extra_info("socket")
         if connection.family == socket.AF_UNIX:
