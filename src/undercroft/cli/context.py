@@ -7,6 +7,7 @@ import sys
 
 from undercroft.cli.errors import ours
 from undercroft.cli.output import Style
+from undercroft.store.location import api_socket, data_location
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Croft:
         if url is None and data is None:
             url = self.environ.get("CROFT_URL") or None
         self.url = url
-        self.data = os.path.abspath(data or default_data(self.environ))
+        self.data = data_location(data, self.environ)
         self.json = json
         self.quiet = quiet
         self.verbose = verbose
@@ -69,7 +70,7 @@ class Croft:
         from undercroft.client.connect import find_endpoint
 
         environ = {**self.environ, "CROFT_URL": self.url or ""}
-        return find_endpoint(os.path.join(self.data, "run", "api.sock"), environ)
+        return find_endpoint(api_socket(self.data), environ)
 
     def use(self, api: Raw) -> None:
         """Takes a connection that is there already."""
@@ -112,15 +113,3 @@ class Croft:
         import json
 
         print(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def default_data(environ: Mapping[str, str]) -> str:
-    """The data directory: ``CROFT_DATA``, else the system's for root, else the user's own."""
-    if data := environ.get("CROFT_DATA"):
-        return data
-    if os.geteuid() == 0:
-        return "/var/lib/undercroft"
-    base = environ.get("XDG_DATA_HOME") or os.path.join(
-        environ.get("HOME") or os.path.expanduser("~"), ".local", "share"
-    )
-    return os.path.join(base, "undercroft")

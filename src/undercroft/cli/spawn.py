@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
@@ -39,7 +40,7 @@ def ensure_daemon(croft: Croft, transport: Transport) -> Connection:
         UndercroftError: whatever the daemon itself refused to start with.
     """
     deadline = time.monotonic() + START_LIMIT
-    lock = _open_lock(croft.data)
+    lock = _open_directory(croft.data)
     try:
         _take(lock, croft.data, deadline)
         if connection := _connect(transport):
@@ -56,11 +57,16 @@ def ensure_daemon(croft: Croft, transport: Transport) -> Connection:
         os.close(lock)
 
 
-def _open_lock(data: str) -> int:
+def _open_directory(data: str) -> int:
+    """The data directory, made if need be: it is what those who start its daemon lock."""
     try:
         if not os.path.isdir(data):
-            os.makedirs(data, mode=0o755)
-        return os.open(os.path.join(data, "start.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+            os.makedirs(os.path.dirname(data), exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                mode = 0o711 if os.geteuid() == 0 else 0o700  # as the daemon itself would
+                os.mkdir(data, mode)
+                os.chmod(data, mode)
+        return os.open(data, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except PermissionError:
         raise ForbiddenError(
             f"no daemon answers for {data}, and you may not start one there",
