@@ -16,7 +16,9 @@ from undercroft.model.errors import GuestAgentError, TimeLimitError, WrongStateE
 from undercroft.model.vm import VM, Exit, ExitReason, Power, VMState
 
 AGENT_TIMEOUT = 3.0  # seconds for the agent to take a shutdown request
-BUTTON_INTERVAL = 15.0  # seconds after which the power button is pressed again
+AGENT_PING = 0.5
+AGENT_PATIENCE = 20.0  # seconds after which an agent that was asked is asked again
+ASK_INTERVAL = 3.0
 
 
 async def start(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
@@ -139,26 +141,35 @@ async def _end(actor: VMActor, vm: VM, run: TaskRun, force: bool, limit: float) 
 
 
 async def _ask(actor: VMActor, machine: QemuMachine, limit: float) -> bool:
-    """Asks through the agent or else the power button, again and again; whether it ended."""
+    """Asks again and again, the agent if it answers and else by the power button, as a guest that
+    is still booting hears neither; whether the machine ended."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + limit
     if machine.run_state is RunState.PAUSED:
         await machine.resume()
-    asked = False
-    if machine.agent is not None and await machine.agent.ping(timeout=min(1.0, limit)):
-        try:
-            await machine.agent_shutdown(timeout=min(AGENT_TIMEOUT, limit))
-            asked = True
-        except (GuestAgentError, TimeLimitError):
-            asked = False
+    agent_asked = False
     while (left := deadline - loop.time()) > 0:
-        if not asked:
+        if not agent_asked:
+            agent_asked = await _ask_agent(machine, left)
+        if not agent_asked:
             with contextlib.suppress(WrongStateError):  # it may be on its way down already
                 await machine.power_button()
-        asked = False
-        if await actor.exited(min(left, BUTTON_INTERVAL)) is not None:
+        wait = AGENT_PATIENCE if agent_asked else ASK_INTERVAL
+        if await actor.exited(min(max(deadline - loop.time(), 0.0), wait)) is not None:
             return True
+        agent_asked = False
     return False
+
+
+async def _ask_agent(machine: QemuMachine, limit: float) -> bool:
+    agent = machine.agent
+    if agent is None or not await agent.ping(timeout=min(AGENT_PING, limit)):
+        return False
+    try:
+        await machine.agent_shutdown(timeout=min(AGENT_TIMEOUT, limit))
+    except (GuestAgentError, TimeLimitError):
+        return False
+    return True
 
 
 def _ended(record: VM, end: Exit) -> VM:
