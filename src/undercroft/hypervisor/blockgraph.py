@@ -43,6 +43,9 @@ def _add_chain(line: Line, name: str, layers: Sequence[DiskLayer]) -> str | None
 def _add_layer(
     line: Line, node: str, path: str, format: DiskFormat, *, write: bool, backing: str | None
 ) -> None:
+    # A format that is only nearly one of ours must not slip past the comparison below: a qcow2
+    # node without its "backing" would follow what the image's header says.
+    format = DiskFormat(format)
     file: dict[str, Any] = {
         "driver": "file",
         "node-name": f"{node}-file",

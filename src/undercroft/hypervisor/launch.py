@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import socket
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,7 @@ class Launch:
 
     process: Process
     output: int
+    helpers: list[Process]
     connections: dict[str, socket.socket] = field(default_factory=dict)
 
 
@@ -61,8 +63,15 @@ def launch(plan: MachinePlan, line: CommandLine, firmware: FirmwareFiles | None)
                 kept.callback(os.close, ours)
                 numbers: dict[str, int] = {}
                 connections: dict[str, socket.socket] = {}
+                helpers: list[Process] = []
                 for handle in line.handles:
-                    numbers[handle.name] = _open(handle, plan, stack)
+                    if handle.kind is HandleKind.TPM:
+                        channel, helper = start_tpm(plan, theirs)
+                        kept.callback(_reap, helper)
+                        helpers.append(helper)
+                        numbers[handle.name] = stack.enter_context(channel).fileno()
+                        continue
+                    numbers[handle.name] = _open(handle, stack)
                     if handle.name in _CONNECT_EARLY:
                         connection = sockets.connect(Path(handle.path))
                         kept.callback(connection.close)
@@ -76,7 +85,7 @@ def launch(plan: MachinePlan, line: CommandLine, firmware: FirmwareFiles | None)
                     gid=plan.gid,
                 )
                 kept.pop_all()
-                return Launch(process, ours, connections)
+                return Launch(process, ours, helpers, connections)
     except OSError as error:
         clean_run_directory(run)
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
@@ -88,17 +97,23 @@ def launch(plan: MachinePlan, line: CommandLine, firmware: FirmwareFiles | None)
         raise
 
 
-def _open(handle: Handle, plan: MachinePlan, stack: contextlib.ExitStack) -> int:
+def _open(handle: Handle, stack: contextlib.ExitStack) -> int:
     """Opens what a handle stands for; closed again with the stack (QEMU has its own copy)."""
     if handle.kind is HandleKind.LISTEN:
         listener = stack.enter_context(sockets.listen(Path(handle.path)))
         return listener.fileno()
-    if handle.kind is HandleKind.TPM:
-        return stack.enter_context(start_tpm(plan)).fileno()
     access = os.O_RDWR if handle.kind is HandleKind.WRITE else os.O_RDONLY
     descriptor = os.open(handle.path, access | os.O_CLOEXEC)
     stack.callback(os.close, descriptor)
     return descriptor
+
+
+def _reap(helper: Process) -> None:
+    """Ends a helper of a QEMU that never came to be."""
+    helper.signal(signal.SIGKILL)
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(helper.pid, 0)
+    helper.close()
 
 
 def _prepare_nvram(path: Path, template: Path) -> None:

@@ -24,6 +24,8 @@ from undercroft.model.errors import QmpError, TimeLimitError
 
 __all__ = ["Monitor", "MonitorEvent"]
 
+_DRAIN_TIMEOUT = 1.0
+
 MonitorEvent = Mapping[str, Any]
 """``event``, ``data`` and ``timestamp`` as in the QMP specification."""
 
@@ -44,6 +46,7 @@ class _Client(QMPClient):
         super().__init__(readbuflen=self._readbuflen)
         self._on_event = on_event
         self._on_close = on_close
+        self.ended = asyncio.Event()
         # What the library logs as errors are ends of connections, which we tell apart ourselves.
         self.logger = logging.getLogger("undercroft.hypervisor.qmp.wire")
         self.logger.setLevel(logging.CRITICAL + 1)
@@ -55,6 +58,7 @@ class _Client(QMPClient):
         try:
             await super()._bh_disconnect()
         finally:
+            self.ended.set()
             self._on_close()
 
 
@@ -159,6 +163,13 @@ class Monitor:
             socket.send_fds(self._socket, [b" "], [descriptor])
         except OSError as error:
             raise QmpError(f"the monitor of {self.name} takes no descriptor: {error}") from error
+
+    async def drain(self) -> None:
+        """Once QEMU has ended: takes what it sent before that, then closes."""
+        if self.connected:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._client.ended.wait(), _DRAIN_TIMEOUT)
+        await self.close()
 
     async def close(self) -> None:
         """Ends the session; QEMU goes on."""

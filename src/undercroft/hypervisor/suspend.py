@@ -22,6 +22,7 @@ __all__ = ["discard_state", "load_state", "save_state", "suspended_plan"]
 
 _POLL = 0.02
 _STREAM = "state"
+_FILE_URI = (8, 2, 0)  # QEMU that knows ``file:``; for newer ones ``fd:`` to a file is deprecated
 _UNLIMITED = 1 << 40  # bytes per second; QEMU's own default is 128 MiB
 
 
@@ -103,10 +104,10 @@ async def _migrate_to(
     descriptor = os.open(part, flags, 0o600)
     try:
         await monitor.execute("migrate-set-parameters", {"max-bandwidth": _UNLIMITED})
-        await monitor.give(descriptor, _STREAM)
+        uri = await _hand_over(monitor, descriptor)
     finally:
         os.close(descriptor)
-    await monitor.execute("migrate", {"uri": f"fd:{_STREAM}"})
+    await monitor.execute("migrate", {"uri": uri})
     try:
         await _follow(monitor, "written", progress)
     except BaseException:
@@ -114,6 +115,14 @@ async def _migrate_to(
         with contextlib.suppress(Exception):
             await asyncio.shield(_cancel(monitor))
         raise
+
+
+async def _hand_over(monitor: Monitor, descriptor: int) -> str:
+    """Gives QEMU the file; under which address it migrates to or from there."""
+    if monitor.version >= _FILE_URI:
+        return f"file:/dev/fdset/{await monitor.add_to_set(descriptor)}"
+    await monitor.give(descriptor, _STREAM)
+    return f"fd:{_STREAM}"
 
 
 async def _cancel(monitor: Monitor) -> None:
@@ -156,8 +165,8 @@ async def load_state(monitor: Monitor, path: Path) -> None:
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        await monitor.give(descriptor, _STREAM)
+        uri = await _hand_over(monitor, descriptor)
     finally:
         os.close(descriptor)
-    await monitor.execute("migrate-incoming", {"uri": f"fd:{_STREAM}"})
+    await monitor.execute("migrate-incoming", {"uri": uri})
     await _follow(monitor, "read", None)

@@ -6,10 +6,11 @@ import contextlib
 import os
 import shutil
 import socket
+import stat
 from pathlib import Path
 
 from undercroft.hypervisor.plan import MachinePlan
-from undercroft.hypervisor.process import spawn
+from undercroft.hypervisor.process import Process, spawn
 from undercroft.model.errors import MissingToolError
 
 __all__ = ["start_tpm", "tpm_directory"]
@@ -20,8 +21,9 @@ def tpm_directory(plan: MachinePlan) -> Path:
     return Path(plan.directory) / "tpm"
 
 
-def start_tpm(plan: MachinePlan) -> socket.socket:
-    """Starts swtpm; the socket is QEMU's end of the control channel.
+def start_tpm(plan: MachinePlan, output: int) -> tuple[socket.socket, Process]:
+    """Starts swtpm. The socket is QEMU's end of the control channel; the process ends when that
+    is closed, and wants to be reaped. ``output`` is where it says what is wrong.
 
     swtpm has no other way to be reached, and ends when the channel closes (``--terminate``), so
     there is nothing to adopt or to look after: it lives exactly as long as its QEMU.
@@ -43,7 +45,10 @@ def start_tpm(plan: MachinePlan) -> socket.socket:
         gid = plan.gid if plan.gid is not None else plan.uid
         os.chown(state, plan.uid, gid)
         for entry in os.scandir(state):
-            os.chown(entry.path, plan.uid, gid, follow_symlinks=False)
+            # What is in there was written by an earlier swtpm: take nothing else for its files.
+            found = entry.stat(follow_symlinks=False)
+            if stat.S_ISREG(found.st_mode) and found.st_nlink == 1:
+                os.chown(entry.path, plan.uid, gid, follow_symlinks=False)
     ours, theirs = socket.socketpair()
     with contextlib.ExitStack() as stack:
         stack.enter_context(theirs)
@@ -51,8 +56,6 @@ def start_tpm(plan: MachinePlan) -> socket.socket:
         failed.callback(ours.close)
         directory = os.open(state, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         stack.callback(os.close, directory)
-        log = os.open(state / "swtpm.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        stack.callback(os.close, log)
         process = spawn(
             [
                 program,
@@ -69,11 +72,10 @@ def start_tpm(plan: MachinePlan) -> socket.socket:
                 "action=kill",
             ],
             pass_fds=(theirs.fileno(), directory),
-            output=log,
+            output=output,
             directory=Path("/"),
             uid=plan.uid,
             gid=plan.gid,
         )
-        process.close()
         failed.pop_all()
-    return ours
+    return ours, process
