@@ -8,6 +8,11 @@ TESTS = Path(__file__).parent
 KINDS = ("unit", "system")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--update-golden`` writes the expected outputs anew; look at the difference it makes."""
+    parser.addoption("--update-golden", action="store_true", help="rewrite golden test data")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Add the marker named like the first directory below tests/."""
     for item in items:

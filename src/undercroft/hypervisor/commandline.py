@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from undercroft.hypervisor.board import add_board, check_plan
 from undercroft.hypervisor.devices.agent import AgentChannel
-from undercroft.hypervisor.devices.base import Device
+from undercroft.hypervisor.devices.base import Device, disk_slot
 from undercroft.hypervisor.devices.disk import (
     NvmeDisk,
     SataDisk,
@@ -124,23 +124,25 @@ def _devices(plan: MachinePlan) -> Iterator[Device]:
 
 def _disks(plan: MachinePlan) -> Iterator[Device]:
     """Disks and the seed. All SCSI disks hang on one controller, at the place of the first."""
-    count = len(plan.disks)
+    buses = [disk.bus for disk in plan.disks]
+    on_bus = buses.count(DiskBus.VIRTIO) + buses.count(DiskBus.NVME) + (DiskBus.SCSI in buses)
+    slots = iter([disk_slot(number, on_bus) for number in range(on_bus)])
     scsi = sata = 0
     for index, disk in enumerate(plan.disks):
         if disk.bus is DiskBus.VIRTIO:
-            yield VirtioDisk(disk, index, count)
+            yield VirtioDisk(disk, index, next(slots))
         elif disk.bus is DiskBus.NVME:
-            yield NvmeDisk(disk, index, count)
+            yield NvmeDisk(disk, index, next(slots))
         elif disk.bus is DiskBus.SCSI:
             if scsi == 0:
-                yield ScsiController(index, count)
+                yield ScsiController(next(slots))
             yield ScsiDisk(disk, index, scsi)
             scsi += 1
         else:
             yield SataDisk(disk, index, sata)
             sata += 1
     if plan.seed is not None:
-        if sata and sata == count:
+        if sata and not on_bus:
             yield SeedCdrom(plan.seed, sata)
             sata += 1
         else:

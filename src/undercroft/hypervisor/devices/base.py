@@ -4,10 +4,11 @@ Places are fixed per kind of device, never in order of appearance: adding a netw
 not move the disks, or a guest suspended before the change could not be resumed after an update
 of Undercroft, and guests that name interfaces by slot would lose them.
 
-    00    host bridge          04-0b  network adapters       1f  (q35) ISA bridge, AHCI, SMBus
-    01    display              0c-17  disks and controllers
-    02    small paravirtual    18     seed
-    03    USB                  19-1e  free (hot-plug)
+    00  host bridge      05     pvpanic             0d-18  disks and their controllers
+    01  display          06     USB                 19     seed
+    02  entropy          07-0c  network adapters    1a-1e  free
+    03  balloon                                     1f     (q35) ISA bridge, AHCI
+    04  virtio-serial
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ __all__ = [
 ]
 
 DISPLAY = Slot(0x01)
-RNG = Slot(0x02, 0, shared=True)
-BALLOON = Slot(0x02, 1)
-SERIAL = Slot(0x02, 2)
-PVPANIC = Slot(0x02, 3)
-USB = Slot(0x03)
-SEED = Slot(0x18)
+RNG = Slot(0x02)
+BALLOON = Slot(0x03)
+SERIAL = Slot(0x04)
+PVPANIC = Slot(0x05)
+USB = Slot(0x06)
+SEED = Slot(0x19)
 
-_NIC_SLOTS = range(0x04, 0x0C)
-_DISK_SLOTS = range(0x0C, 0x18)
+_NIC_SLOTS = range(0x07, 0x0D)
+_DISK_SLOTS = range(0x0D, 0x19)
 _FUNCTIONS = 8
 
 
@@ -60,7 +61,7 @@ def nic_slot(index: int, count: int) -> Slot:
 
 
 def disk_slot(index: int, count: int) -> Slot:
-    """The place of disk ``index`` of ``count``.
+    """The place of disk ``index`` of ``count`` that are on the bus themselves.
 
     Raises:
         InvalidError: there are more than fit.
@@ -69,6 +70,8 @@ def disk_slot(index: int, count: int) -> Slot:
 
 
 def _spread(slots: range, index: int, count: int, what: str) -> Slot:
+    # Slots are filled with a first function each before any gets a second: guests look for
+    # functions only where there is a first.
     most = len(slots) * _FUNCTIONS
     if count > most:
         raise InvalidError(f"{count} {what}: at most {most} fit on the board")

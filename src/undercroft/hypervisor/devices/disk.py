@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from undercroft.hypervisor.blockgraph import add_disk
-from undercroft.hypervisor.devices.base import disk_slot
-from undercroft.hypervisor.line import Line
+from undercroft.hypervisor.line import Line, Slot
 from undercroft.hypervisor.plan import PlanDisk
 
 __all__ = ["NvmeDisk", "SataDisk", "ScsiController", "ScsiDisk", "VirtioDisk"]
@@ -22,13 +21,13 @@ class VirtioDisk:
 
     disk: PlanDisk
     index: int
-    count: int
+    slot: Slot
 
     def add_to(self, line: Line) -> None:
         """Adds the disk."""
         line.virtio(
             "blk",
-            disk_slot(self.index, self.count),
+            self.slot,
             id=f"disk{self.index}-dev",
             drive=add_disk(line, f"disk{self.index}", self.disk),
             serial=self.disk.serial or None,
@@ -41,12 +40,11 @@ class VirtioDisk:
 class ScsiController:
     """virtio-scsi: one controller for all SCSI disks."""
 
-    index: int
-    count: int
+    slot: Slot
 
     def add_to(self, line: Line) -> None:
         """Adds the controller."""
-        line.virtio("scsi", disk_slot(self.index, self.count), id="scsi")
+        line.virtio("scsi", self.slot, id="scsi")
 
 
 @dataclass(frozen=True)
@@ -99,13 +97,13 @@ class NvmeDisk:
 
     disk: PlanDisk
     index: int
-    count: int
+    slot: Slot
 
     def add_to(self, line: Line) -> None:
         """Adds the disk."""
         line.device(
             "nvme",
-            disk_slot(self.index, self.count),
+            self.slot,
             id=f"disk{self.index}-dev",
             drive=add_disk(line, f"disk{self.index}", self.disk),
             serial=self.disk.serial or f"disk{self.index}",
