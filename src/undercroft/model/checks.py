@@ -46,12 +46,29 @@ def check_vm_spec(spec: VMSpec) -> VMSpec:
         raise InvalidError(f"{spec.cpu_model[:40]!r} is not a CPU model")
     _check_text(spec.kernel_arguments, "kernel arguments", 2048)
     _check_machine(spec)
-    if len(spec.disks) > 16 or len(spec.ports) > 8:
-        raise InvalidError("a VM has at most 16 disks and 8 ports")
-    for port in spec.ports:
-        _check_port(port)
+    if len(spec.disks) > 16:
+        raise InvalidError("a VM has at most 16 disks")
+    check_ports(spec.ports)
     _check_guest(spec.guest)
     return spec
+
+
+def check_ports(ports: tuple[Port, ...]) -> None:
+    """Does nothing if the network adapters, and what is forwarded to them, make sense together.
+
+    Raises:
+        InvalidError: they do not.
+    """
+    if len(ports) > 8:
+        raise InvalidError("a VM has at most 8 ports")
+    for port in ports:
+        _check_port(port)
+    macs = [port.mac for port in ports if port.mac]
+    if len(set(macs)) != len(macs):
+        raise InvalidError("two network adapters of one VM cannot have the same MAC address")
+    taken = [(f.protocol, f.host_port) for port in ports for f in port.forwards if f.host_port]
+    if len(set(taken)) != len(taken):
+        raise InvalidError("a port of the host is forwarded twice")
 
 
 def _check_machine(spec: VMSpec) -> None:
@@ -120,8 +137,13 @@ def _check_guest(guest: Guest) -> None:
         and re.fullmatch(r"\$[0-9a-z]{1,3}\$[!-~]{8,256}", guest.password_hash) is None
     ):
         raise InvalidError("the password hash is not in crypt(5) form", action="see mkpasswd(1)")
-    if guest.user_data is not None and len(guest.user_data.encode()) > MAX_USER_DATA:
-        raise InvalidError(f"user-data is larger than {format_size(MAX_USER_DATA)}")
+    if guest.user_data is not None:
+        try:
+            size = len(guest.user_data.encode())
+        except UnicodeEncodeError:
+            raise InvalidError("user-data is not text (UTF-8)") from None
+        if size > MAX_USER_DATA:
+            raise InvalidError(f"user-data is larger than {format_size(MAX_USER_DATA)}")
 
 
 def _check_text(text: str, what: str, limit: int) -> None:

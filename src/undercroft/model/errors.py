@@ -343,7 +343,8 @@ def error_from_problem(problem: Problem) -> UndercroftError:
     An unknown code (a newer server) becomes an `UndercroftError` that still carries it.
     """
     cls = error_classes().get(problem.code, UndercroftError)
-    error = cls(problem.detail, object=problem.object, action=problem.action, **problem.data)
+    error = cls(problem.detail, object=problem.object, action=problem.action)
+    error.data = dict(problem.data)  # not as keywords: whose names the other side chose
     if cls.code != problem.code:
         error.code = problem.code  # type: ignore[misc]
         error.status = problem.status  # type: ignore[misc]

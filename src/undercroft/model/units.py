@@ -9,9 +9,13 @@ MiB = 1 << 20
 GiB = 1 << 30
 TiB = 1 << 40
 
-_SIZE = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,6})?)\s*([kmgtp]?)(i?b?)\s*", re.IGNORECASE)
+_SIZE = re.compile(
+    r"\s*([0-9]{1,18}(?:\.[0-9]{1,6})?)\s*([kmgtp]?)(i?b?)\s*", re.ASCII | re.IGNORECASE
+)
 _POWER = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
-_DURATION = re.compile(r"\s*([0-9]{1,12}(?:\.[0-9]{1,6})?)\s*(ms|s|m|h|d|)\s*", re.IGNORECASE)
+_DURATION = re.compile(
+    r"\s*([0-9]{1,12}(?:\.[0-9]{1,6})?)\s*(ms|s|m|h|d|)\s*", re.ASCII | re.IGNORECASE
+)
 _SECONDS = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
