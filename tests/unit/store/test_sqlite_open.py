@@ -72,7 +72,9 @@ async def test_only_the_owner_can_read_it(path: Path):
         await store.close()
     finally:
         os.umask(before)
-    assert files == {"store.db": 0o600, "store.db-wal": 0o600, "store.db-shm": 0o600}
+    assert files == dict.fromkeys(
+        ["store.db", "store.db-wal", "store.db-shm", "store.db-reserve"], 0o600
+    )
 
 
 async def test_a_file_that_others_could_read_is_closed_to_them(path: Path):
@@ -89,9 +91,13 @@ async def test_records_can_be_read_with_any_client(path: Path):
     ]
 
 
-async def test_closed_it_is_one_file(path: Path):
+async def test_closed_it_is_one_file_and_its_reserve(path: Path):
     await fill(path)
-    assert [file.name for file in path.parent.iterdir()] == ["store.db"]
+    assert sorted(file.name for file in path.parent.iterdir()) == ["store.db", "store.db-reserve"]
+    path.with_name("store.db-reserve").unlink()  # nothing is in it
+    store = await SQLiteStore.open(path)
+    assert len((await store.list(VM)).items) == 3
+    await store.close()
 
 
 @pytest.mark.parametrize("name", ["with space", "per%cent", "quest?ion", "ha#sh", "ü"])
@@ -247,7 +253,7 @@ async def test_a_newer_file_is_left_alone(path: Path):
     assert f"store.db.bak-{len(MIGRATIONS)}" in (error.action or "")
     assert error.data == {"found": 9, "known": len(MIGRATIONS)}
     assert path.read_bytes() == content
-    assert [file.name for file in path.parent.iterdir()] == ["store.db"]
+    assert not list(path.parent.glob("*.bak*"))
 
 
 def rename_images(db: sqlite3.Connection) -> None:
@@ -274,7 +280,7 @@ async def test_an_older_file_is_brought_up_to_date(path: Path):
 
     backup = path.with_name(f"store.db.bak-{len(MIGRATIONS)}")
     assert backup.stat().st_mode & 0o777 == 0o600
-    assert sorted(file.name for file in path.parent.iterdir()) == ["store.db", backup.name]
+    assert list(path.parent.glob("*.bak*")) == [backup]
     backup.rename(path)
     old = await SQLiteStore.open(path)
     assert sorted(i.record.meta.name for i in (await old.list(VM)).items) == ["v0", "v1", "v2"]

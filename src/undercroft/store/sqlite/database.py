@@ -8,15 +8,14 @@ import sqlite3
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from undercroft.model.errors import DataError, DataNewerError, UndercroftError
+from undercroft.model.errors import DataError, DataNewerError, NoSpaceError, UndercroftError
 from undercroft.store.os_errors import from_os
 from undercroft.store.sqlite.codec import Codec
 from undercroft.store.sqlite.failures import corrupt, from_sqlite
 from undercroft.store.sqlite.migrations import Migration
+from undercroft.store.sqlite.reserve import WAL_PAGES, Reserve
 
 APPLICATION = 0x43524F46  # "CROF", in the header of the file (PRAGMA application_id)
-PAGE = 4096
-WAL_PAGES = 1000  # SQLite's own default: it checkpoints when the log is this long
 WRITE_WAIT = 10.0  # seconds to wait for another program that has the file locked
 READ_WAIT = 0.5  # reads happen on the event loop, and are never locked out by our own writes
 
@@ -40,6 +39,28 @@ def open_writer(path: Path, codec: Codec, migrations: Sequence[Migration]) -> sq
         NoSpaceError: no room to create or migrate it.
     """
     unclean = _prepare_file(path)
+    reserve = Reserve(path)
+    reserve.make_way()
+    try:
+        db = _open(path, codec, migrations, unclean)
+    except NoSpaceError:
+        if not reserve.give_up():
+            raise
+        db = _open(path, codec, migrations, unclean)
+    reserve.take_log()
+    return db
+
+
+def close_writer(db: sqlite3.Connection, path: Path) -> None:
+    """Closes the connection that writes, as the last one."""
+    with translated(path):
+        db.close()
+    Reserve(path).close()
+
+
+def _open(
+    path: Path, codec: Codec, migrations: Sequence[Migration], unclean: bool
+) -> sqlite3.Connection:
     with translated(path):
         db = sqlite3.connect(
             path, timeout=WRITE_WAIT, isolation_level=None, check_same_thread=False
@@ -63,7 +84,6 @@ def open_writer(path: Path, codec: Codec, migrations: Sequence[Migration]) -> sq
             if version < len(migrations):
                 _migrate(db, path, version, migrations)
             _check_records(db, codec)
-            _reserve_log(path)
         except BaseException:
             db.close()
             raise
@@ -193,22 +213,3 @@ def back_up(db: sqlite3.Connection, path: Path, version: int) -> Path:
     except OSError as error:
         raise from_os(error, target) from error
     return target
-
-
-def _reserve_log(path: Path) -> None:
-    """Takes the space for a full write-ahead log in advance.
-
-    SQLite writes the log over and over from its beginning. With its space taken, small transactions
-    (removing a VM, say) still go through for a while when something else has filled the disk.
-    Zeros behind the end of the log mean nothing to SQLite: their checksums do not match
-    (https://www.sqlite.org/fileformat2.html#the_write_ahead_log). SQLite takes no locks on this
-    file, so opening it is harmless.
-    """
-    wal = path.with_name(path.name + "-wal")
-    size = WAL_PAGES * (PAGE + 24) + 32
-    with contextlib.suppress(OSError):  # without it, the disk is just full earlier
-        fd = os.open(wal, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            os.posix_fallocate(fd, 0, size)
-        finally:
-            os.close(fd)

@@ -18,7 +18,7 @@ from undercroft.model.errors import UnavailableError
 from undercroft.store.interface import Listing, Transaction, Versioned
 from undercroft.store.kinds import KINDS
 from undercroft.store.sqlite.codec import Codec
-from undercroft.store.sqlite.database import open_reader, open_writer, translated
+from undercroft.store.sqlite.database import close_writer, open_reader, open_writer
 from undercroft.store.sqlite.history import History, SQLiteWatch
 from undercroft.store.sqlite.leases import Leases, SQLiteLease, check_ttl, new_lease_id
 from undercroft.store.sqlite.migrations import MIGRATIONS, Migration
@@ -153,8 +153,7 @@ class SQLiteStore:
         self._history.close()
         # The reader first: the last connection to go folds the write-ahead log into the file.
         self._reader.close()
-        with translated(self.path):
-            await asyncio.to_thread(self._db.close)
+        await asyncio.to_thread(close_writer, self._db, self.path)
 
     def _deliver(self, batch: Batch) -> None:
         self._history.publish(batch.changes(), batch.compacted)
