@@ -17,7 +17,7 @@ from undercroft.model.vm import VM, Exit, ExitReason, Power, VMState
 
 AGENT_TIMEOUT = 3.0  # seconds for the agent to take a shutdown request
 AGENT_PING = 0.5
-AGENT_PATIENCE = 20.0  # seconds after which an agent that was asked is asked again
+AGENT_PATIENCE = 5.0  # seconds after which an agent that took the request is not relied upon
 ASK_INTERVAL = 3.0
 
 
@@ -147,17 +147,16 @@ async def _ask(actor: VMActor, machine: QemuMachine, limit: float) -> bool:
     deadline = loop.time() + limit
     if machine.run_state is RunState.PAUSED:
         await machine.resume()
-    agent_asked = False
+    asked = False
     while (left := deadline - loop.time()) > 0:
-        if not agent_asked:
-            agent_asked = await _ask_agent(machine, left)
-        if not agent_asked:
+        heard = await _ask_agent(machine, left)
+        if asked or not heard:
             with contextlib.suppress(WrongStateError):  # it may be on its way down already
                 await machine.power_button()
-        wait = AGENT_PATIENCE if agent_asked else ASK_INTERVAL
+        asked = True
+        wait = AGENT_PATIENCE if heard else ASK_INTERVAL
         if await actor.exited(min(max(deadline - loop.time(), 0.0), wait)) is not None:
             return True
-        agent_asked = False
     return False
 
 
