@@ -201,38 +201,49 @@ class Log(Command):
     def run(self, croft: Croft, args: Namespace) -> int:
         path = f"/v1/vms/{quote(args.name)}/log"
         data = croft.api.request("GET", path, params={"bytes": _MOST}).read()
-        plain = None if args.raw else _plain_text()
-        text = data if plain is None else plain.feed(data)
         if args.lines is not None:
-            lines = text.splitlines(keepends=True)
-            text = b"".join(lines[max(0, len(lines) - max(args.lines, 0)) :])
-        if croft.json and not args.follow:
-            croft.print_json({"vm": args.name, "log": text.decode("utf-8", "replace")})
+            data = _tail(data, args.lines)
+        if args.follow and _follow(croft, args.name, len(data), args.raw):
             return OK
-        out = sys.stdout.buffer
-        out.write(text)
-        if not args.follow:
-            if text and not text.endswith(b"\n"):
-                out.write(b"\n")
-            out.flush()
+        if not args.raw:
+            plain = _plain_text()
+            data = plain.feed(data) + plain.end()
+        if croft.json:
+            croft.print_json({"vm": args.name, "log": data.decode("utf-8", "replace")})
             return OK
-        out.flush()
-        return self._follow(croft, args)
+        sys.stdout.buffer.write(data if data.endswith(b"\n") or not data else data + b"\n")
+        sys.stdout.flush()
+        return OK
 
-    def _follow(self, croft: Croft, args: Namespace) -> int:
-        from undercroft.client.websocket import open_websocket
 
-        plain = None if args.raw else _plain_text()
-        out = sys.stdout.buffer
-        path = f"/v1/vms/{quote(args.name)}/console"
-        with open_websocket(croft.api.transport, path, {"scrollback": 0}) as socket:
-            try:
-                for data in socket:
-                    out.write(data if plain is None else plain.feed(data))
-                    out.flush()
-            except KeyboardInterrupt:
-                return OK
-            return _ended(croft, args.name, socket)
+def _tail(data: bytes, lines: int) -> bytes:
+    """The last lines of the data."""
+    kept = data.split(b"\n")
+    last = 1 if kept[-1] else 2  # what follows the last line break is no line if there is nothing
+    return b"\n".join(kept[-lines - last + 1 :]) if lines > 0 else b""
+
+
+def _follow(croft: Croft, name: str, scrollback: int, raw: bool) -> bool:
+    """Prints the last ``scrollback`` bytes of the console, and whatever comes until it ends; False
+    if there is no console because the VM does not run."""
+    from undercroft.client.websocket import open_websocket
+    from undercroft.model.errors import WrongStateError
+
+    plain = None if raw else _plain_text()
+    path = f"/v1/vms/{quote(name)}/console"
+    try:
+        socket = open_websocket(croft.api.transport, path, {"scrollback": scrollback})
+    except WrongStateError:
+        return False
+    with socket:
+        try:
+            for data in socket:
+                sys.stdout.buffer.write(data if plain is None else plain.feed(data))
+                sys.stdout.flush()
+        except KeyboardInterrupt:
+            return True
+        _ended(croft, name, socket)
+        return True
 
 
 def _plain_text() -> PlainText:

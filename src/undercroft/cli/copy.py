@@ -7,10 +7,13 @@ import posixpath
 import sys
 import tempfile
 import time
+from typing import cast
 
 from undercroft.cli.command import Command, Namespace, Parser
 from undercroft.cli.errors import OK, UsageError, ours
+from undercroft.cli.guest import execute
 from undercroft.cli.output import elapsed, size
+from undercroft.cli.patience import PATIENCE, patiently
 from undercroft.client.raw import quote
 
 TYPE_CHECKING = False
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from undercroft.cli.context import Croft
 
 _PIECE = 256 << 10
+Sent = tuple[int, str]  # bytes, and where they are now
 
 
 class Copy(Command):
@@ -86,8 +90,13 @@ def _download(croft: Croft, name: str, path: str, target: str) -> tuple[int, str
 
     if os.path.isdir(target) or target.endswith("/"):
         target = os.path.join(target, posixpath.basename(path.rstrip("/")))
-    response = croft.api.request(
-        "GET", f"/v1/vms/{quote(name)}/files", params={"path": path}, timeout=600.0
+    response = patiently(
+        croft,
+        name,
+        lambda: croft.api.request(
+            "GET", f"/v1/vms/{quote(name)}/files", params={"path": path}, timeout=600.0
+        ),
+        PATIENCE,
     )
     announced = response.headers.get("content-length", "")
     length = int(announced) if announced.isdigit() else None
@@ -135,10 +144,17 @@ def _upload(croft: Croft, source: str, name: str, path: str, many: bool) -> tupl
         )
     if many and not path.endswith("/"):
         path += "/"
+    if source == "-":  # cannot be begun anew, so the agent has to be there
+        patiently(croft, name, lambda: execute(croft, name, ["true"], timeout=20.0), PATIENCE)
     if path.endswith("/"):
-        return _send(croft, source, name, path + own)
+        path += own
+        return cast(
+            Sent, patiently(croft, name, lambda: _send(croft, source, name, path), PATIENCE)
+        )
     try:
-        return _send(croft, source, name, path)
+        return cast(
+            Sent, patiently(croft, name, lambda: _send(croft, source, name, path), PATIENCE)
+        )
     except Exception as error:
         known = ours(error)
         if known is None or known.code != "guest-agent" or not _is_directory(croft, name, path):
@@ -147,7 +163,6 @@ def _upload(croft: Croft, source: str, name: str, path: str, many: bool) -> tupl
 
 
 def _is_directory(croft: Croft, name: str, path: str) -> bool:
-    from undercroft.cli.guest import execute
     from undercroft.model.errors import UndercroftError
 
     try:

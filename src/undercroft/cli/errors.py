@@ -5,7 +5,8 @@
 2    croft was called wrongly
 3    there is no such object
 4    no daemon answers, or none could be started
-125  ``croft exec`` itself failed; any other code is that of the program in the guest
+125  ``croft exec`` itself failed; 126: the program cannot be run; 127: it is not there; any other
+     code is that of the program in the guest
 130  interrupted with Ctrl-C (what was under way goes on)
 """
 
@@ -26,6 +27,8 @@ USAGE = 2
 NOT_FOUND = 3
 NO_DAEMON = 4
 EXEC_FAILED = 125
+NOT_A_PROGRAM = 126
+NOT_THERE = 127
 INTERRUPTED = 130
 
 _CODES = {"not-found": NOT_FOUND, "daemon": NO_DAEMON}
@@ -43,6 +46,14 @@ class UsageError(Exception):
 
 class Interrupted(Exception):
     """The user stopped waiting for something that goes on."""
+
+
+class Ended(BaseException):
+    """A signal asks croft to end; raised so that what was changed outside is put back first."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.code = 128 + number
 
 
 def ours(error: BaseException) -> UndercroftError | None:

@@ -7,7 +7,14 @@ import stat
 import sys
 
 from undercroft.cli.command import Command, Namespace, Parser, add_names, duration, label
-from undercroft.cli.errors import EXEC_FAILED, UsageError, ours, report
+from undercroft.cli.errors import (
+    EXEC_FAILED,
+    NOT_A_PROGRAM,
+    NOT_THERE,
+    UsageError,
+    ours,
+    report,
+)
 from undercroft.client.raw import quote
 
 TYPE_CHECKING = False
@@ -17,6 +24,7 @@ if TYPE_CHECKING:
     from undercroft.cli.context import Croft
 
 _LIMIT = 600.0  # seconds
+_PATIENCE = 90.0
 
 
 class Exec(Command):
@@ -24,8 +32,9 @@ class Exec(Command):
 
     description = """
         Runs a program in the VM through its guest agent, as root, without a terminal, and waits for
-        its end. Its output is yours, and so is its exit code; croft's own failures are 125. What
-        comes from a pipe or file becomes its input. There is no shell unless you call one.
+        its end; for a guest that is still booting it waits. Its output is yours, and so is its exit
+        code; croft's own failures are 125. What comes from a pipe or file becomes its input. There
+        is no shell unless you call one.
     """
     examples = (
         ("croft exec web1 -- uname -a", "one program"),
@@ -54,6 +63,13 @@ class Exec(Command):
             metavar="TIME",
             help="wait no longer than this (default: 10m)",
         )
+        parser.add_argument(
+            "--wait",
+            type=duration,
+            default=_PATIENCE,
+            metavar="TIME",
+            help="for a guest that still boots (default: 90s)",
+        )
         parser.add_argument("-n", "--no-stdin", action="store_true", help="pass no input on")
         add_names(parser, plural=False)
         parser.add_argument("argv", nargs="...", metavar="PROGRAM…", help="after --")
@@ -66,12 +82,19 @@ class Exec(Command):
             )
         data = None if args.no_stdin else _input()
         try:
-            result = execute(croft, args.name, argv, data, dict(args.env), args.timeout)
+            from undercroft.cli.patience import patiently
+
+            result: dict[str, Any] = patiently(
+                croft,
+                args.name,
+                lambda: execute(croft, args.name, argv, data, dict(args.env), args.timeout),
+                args.wait,
+            )
         except Exception as error:
             if (known := ours(error)) is None:
                 raise
             report(croft, known)
-            return EXEC_FAILED
+            return _not_run(known.message)
         if croft.json:
             croft.print_json(result)
         else:
@@ -113,6 +136,14 @@ def execute(
         timeout=timeout + 30.0,
     )
     return json.loads(response.read())
+
+
+def _not_run(message: str) -> int:
+    """The exit code that a shell has for a program that it cannot run. (The agent only tells in
+    words why it could not.)"""
+    if "Failed to execute child process" not in message:
+        return EXEC_FAILED
+    return NOT_THERE if "No such file" in message else NOT_A_PROGRAM
 
 
 def _input() -> bytes | None:

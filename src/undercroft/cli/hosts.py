@@ -29,6 +29,9 @@ class Show(Command):
         if croft.json:
             croft.print_json(host)
             return OK
+        if not dig(host, "status.hostname"):
+            croft.note("the daemon has only just begun and still looks at this host; ask again")
+            return OK
         print(_detail(croft, host), end="")
         return OK
 

@@ -28,6 +28,8 @@ def main(argv: list[str] | None = None) -> int:
         # Whoever read our output has enough. Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141  # 128 + SIGPIPE
+    except errors.Ended as end:
+        return end.code
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return errors.INTERRUPTED

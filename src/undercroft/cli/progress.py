@@ -6,7 +6,7 @@ import sys
 import time
 
 from undercroft.cli.errors import Interrupted, ours
-from undercroft.cli.output import dig
+from undercroft.cli.output import dig, elapsed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,9 +23,12 @@ _GONE = 30.0  # seconds for which the daemon may be away while we wait
 
 
 def title(task: Any) -> str:
-    """How a task is called: ``start web1``."""
-    verb = str(dig(task, "spec.verb", "")).rpartition(".")[2]
-    return f"{verb} {dig(task, 'spec.object.name', '')}".strip()
+    """How a task is called: ``start web1``, ``make image tiny``."""
+    noun, _, verb = str(dig(task, "spec.verb", "")).rpartition(".")
+    name = dig(task, "spec.object.name", "")
+    if noun == "vm":
+        return f"{verb} {name}"
+    return f"{'make' if verb == 'create' else verb} {noun} {name}"
 
 
 def failed(task: Any) -> bool:
@@ -119,7 +122,7 @@ class _Bars:
 
     def __init__(self, croft: Croft) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
         self._clean = croft.err.clean
         console = Console(stderr=True, no_color=not croft.err.color, highlight=False)
@@ -128,7 +131,7 @@ class _Bars:
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[percent]:>4}", markup=False),
-            TimeElapsedColumn(),
+            TextColumn("{task.fields[took]:>7}", markup=False),
             TextColumn("{task.fields[phase]}", markup=False, style="dim"),
             console=console,
             transient=True,
@@ -144,12 +147,13 @@ class _Bars:
             if id not in self._ids:
                 if done:
                     continue
-                self._ids[id] = self._progress.add_task(title(task), phase="", percent="")
+                self._ids[id] = self._progress.add_task(title(task), phase="", percent="", took="")
             self._progress.update(
                 self._ids[id],
                 total=None if share is None else 1.0,
                 completed=share or 0.0,
                 visible=not done,
+                took=elapsed(max(time.time() - dig(task, "meta.created", 0), 0)),
                 phase=self._clean(str(dig(task, "status.phase", ""))),
                 percent="" if share is None else f"{share:.0%}",
             )
