@@ -8,7 +8,7 @@ import msgspec
 from litestar import Request, Response
 from litestar.connection import ASGIConnection
 from litestar.openapi.datastructures import ResponseSpec
-from litestar.params import Parameter
+from litestar.params import HeaderParameter, QueryParameter
 
 from undercroft.api.query import DEFAULT_LIMIT, MAX_LIMIT, Query, run_query
 from undercroft.model.base import Record
@@ -33,41 +33,41 @@ class PageOf(msgspec.Struct, Generic[T], frozen=True, kw_only=True):
     next: str | None = None
 
 
-FILTER = Parameter(
-    query="filter",
+FILTER = QueryParameter(
+    name="filter",
     required=False,
     description="Conditions that must all hold, separated by commas: PATH OPERATOR VALUE, with the "
     "operators == != < <= > >= and ~ !~ for shell patterns. A value with commas stands in double "
     'quotes; null is what is not there. For instance status.state==running,meta.name~"web*".',
 )
-SORT = Parameter(
-    query="sort",
+SORT = QueryParameter(
+    name="sort",
     required=False,
     description="Paths separated by commas, each with - in front for descending order. "
     "By default objects are in order of their ids.",
 )
-LIMIT = Parameter(
-    query="limit",
+LIMIT = QueryParameter(
+    name="limit",
     required=False,
     description=f"At most so many items: 1 to {MAX_LIMIT}, by default {DEFAULT_LIMIT}.",
 )
-CURSOR = Parameter(
-    query="cursor",
+CURSOR = QueryParameter(
+    name="cursor",
     required=False,
     description="The `next` of the page before, with the same query.",
 )
-FIELDS = Parameter(
-    query="fields",
+FIELDS = QueryParameter(
+    name="fields",
     required=False,
     description="Only these paths of each object, for instance meta.name,status.state.",
 )
-IF_MATCH = Parameter(
-    header="If-Match",
+IF_MATCH = HeaderParameter(
+    name="If-Match",
     required=False,
     description="The ETag of the object as it was read: the change is refused with 412 if it has "
     "changed since.",
 )
-FORCE = Parameter(query="force", required=False, description="Also if it is in use.")
+FORCE = QueryParameter(name="force", required=False, description="Also if it is in use.")
 
 
 def operations(connection: Connection) -> Operations:

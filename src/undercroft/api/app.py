@@ -8,7 +8,7 @@ from typing import Any
 from litestar import Litestar, Response, get
 from litestar.datastructures import State
 from litestar.handlers import BaseRouteHandler
-from litestar.params import ParameterKwarg
+from litestar.params import QueryParameter
 from litestar.types import ControllerRouterHandler
 
 from undercroft.api.answers import AnyRequest
@@ -113,9 +113,9 @@ def _parameters(handler: BaseRouteHandler) -> frozenset[str]:
         fields = handler.parsed_fn_signature.parameters.values()
         wanted: list[Any] = [field.kwarg_definition for field in fields]
         known = frozenset(
-            parameter.query
+            parameter.name
             for parameter in wanted
-            if isinstance(parameter, ParameterKwarg) and parameter.query
+            if isinstance(parameter, QueryParameter) and parameter.name
         )
         handler.opt["query"] = known
     return known

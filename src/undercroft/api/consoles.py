@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from litestar import Response, WebSocket, get, websocket
 from litestar.openapi.datastructures import ResponseSpec
-from litestar.params import Parameter
+from litestar.params import QueryParameter
 
 from undercroft.api.answers import AnyRequest, caller, errors, operations
 from undercroft.api.problems import (
@@ -26,8 +26,8 @@ from undercroft.operations.services import ByteStream
 
 PIECE = 64 << 10
 SUBPROTOCOL = "binary"  # what noVNC asks for
-SCROLLBACK = Parameter(
-    query="scrollback", required=False, description="How much to show of before, in bytes."
+SCROLLBACK = QueryParameter(
+    name="scrollback", required=False, description="How much to show of before, in bytes."
 )
 AnySocket = WebSocket[Any, Any, Any]
 Write = Callable[[bytes], Awaitable[None]]

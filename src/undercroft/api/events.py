@@ -8,7 +8,7 @@ from typing import Annotated, Any, cast
 import msgspec
 from litestar import Controller, Response, get
 from litestar.openapi.datastructures import ResponseSpec
-from litestar.params import Parameter
+from litestar.params import HeaderParameter, QueryParameter
 from litestar.response.base import ASGIResponse
 
 from undercroft.api.answers import AnyRequest, PageOf, caller, errors, operations
@@ -20,34 +20,34 @@ from undercroft.store.interface import Changes
 from undercroft.store.kinds import KINDS
 
 MAX_EVENTS = 1000
-AFTER = Parameter(
-    query="after", required=False, description="Only what happened after this revision."
+AFTER = QueryParameter(
+    name="after", required=False, description="Only what happened after this revision."
 )
-OBJECT = Parameter(
-    query="object", required=False, description="Only events about the object with this name or id."
+OBJECT = QueryParameter(
+    name="object", required=False, description="Only events about the object with this name or id."
 )
-EVENTS = Parameter(
-    query="limit",
+EVENTS = QueryParameter(
+    name="limit",
     required=False,
     description=f"At most so many: 1 to {MAX_EVENTS}. The first ones after `after`, or without it "
     "the newest.",
 )
-LAST_EVENT_ID = Parameter(
-    header="Last-Event-ID",
+LAST_EVENT_ID = HeaderParameter(
+    name="Last-Event-ID",
     required=False,
     description="The id of the last event that was seen: the stream continues behind it.",
 )
-WATCHED = Parameter(
-    query="kinds",
+WATCHED = QueryParameter(
+    name="kinds",
     required=False,
     description=f"Kinds of records, separated by commas: {', '.join(KINDS)}. By default all.",
 )
-FROM = Parameter(
-    query="from",
+FROM = QueryParameter(
+    name="from",
     required=False,
     description="Every change after this revision; by default from now on.",
 )
-ID = Parameter(query="id", required=False, description="Only the record with this id.")
+ID = QueryParameter(name="id", required=False, description="Only the record with this id.")
 
 
 class WatchChange(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import msgspec
 from litestar import Controller, Response, get, post, put
-from litestar.params import Parameter
+from litestar.params import QueryParameter
 from litestar.response import Stream
 
 from undercroft.api.answers import AnyRequest, caller, errors, operations
@@ -16,12 +16,12 @@ from undercroft.model.errors import InvalidError
 from undercroft.model.requests import ExecRequest, ExecResult
 
 DEFAULT_LOG = 64 << 10
-PATH = Parameter(query="path", description="An absolute path in the guest.")
-MODE = Parameter(
-    query="mode", required=False, description="Permissions of the file in octal, such as 0644."
+PATH = QueryParameter(name="path", description="An absolute path in the guest.")
+MODE = QueryParameter(
+    name="mode", required=False, description="Permissions of the file in octal, such as 0644."
 )
-BYTES = Parameter(
-    query="bytes",
+BYTES = QueryParameter(
+    name="bytes",
     required=False,
     description=f"How much of the end, in bytes; by default {DEFAULT_LOG}.",
 )

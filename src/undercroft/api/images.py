@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from litestar import Controller, Response, delete, get, post
-from litestar.params import Parameter
+from litestar.params import QueryParameter
 
 from undercroft.api.answers import (
     CURSOR,
@@ -37,13 +37,13 @@ from undercroft.model.requests import ImageCreate
 from undercroft.model.task import Task
 
 _BATCH = 1 << 20
-NAME = Parameter(query="name", description="What the image shall be called.")
-FORMAT = Parameter(query="format", required=False, description="The format of the content.")
-SHA256 = Parameter(query="sha256", required=False, description="What it must have, in hex.")
-FIRMWARE = Parameter(query="firmware", required=False, description="bios or uefi.")
-USER = Parameter(query="user", required=False, description="The account that the image has.")
-REPLACE = Parameter(
-    query="replace", required=False, description="Take the name over from an older image."
+NAME = QueryParameter(name="name", description="What the image shall be called.")
+FORMAT = QueryParameter(name="format", required=False, description="The format of the content.")
+SHA256 = QueryParameter(name="sha256", required=False, description="What it must have, in hex.")
+FIRMWARE = QueryParameter(name="firmware", required=False, description="bios or uefi.")
+USER = QueryParameter(name="user", required=False, description="The account that the image has.")
+REPLACE = QueryParameter(
+    name="replace", required=False, description="Take the name over from an older image."
 )
 
 

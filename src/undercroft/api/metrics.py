@@ -1,7 +1,7 @@
 """Prometheus' text format 0.0.4, made at each scrape from what is there then.
 
-Written out here rather than through ``prometheus_client``: that takes 5 MB and keeps state of its
-own, while all that is needed is a page of text.
+Written out here rather than through ``prometheus_client``, which keeps state of its own and takes
+memory and time to import, while all that is needed is a page of text (docs/decisions).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import Any, get_args
 import msgspec
 from litestar import Litestar
 from litestar.handlers import HTTPRouteHandler
-from litestar.params import ParameterKwarg
+from litestar.params import HeaderParameter, ParameterKwarg
 from litestar.response.base import ASGIResponse
 from litestar.routes import HTTPRoute
 
@@ -136,10 +136,10 @@ def _operation(path: str, handler: HTTPRouteHandler, types: _Types) -> dict[str,
             parameters.append(_parameter(field.name, "path", True, text, types.add(str)))
         elif isinstance(field.kwarg_definition, ParameterKwarg):
             wanted = field.kwarg_definition
-            place = "header" if wanted.header else "query"
+            place = "header" if isinstance(wanted, HeaderParameter) else "query"
             parameters.append(
                 _parameter(
-                    wanted.header or wanted.query or field.name,
+                    wanted.name or field.name,
                     place,
                     field.is_required,
                     wanted.description or "",

@@ -21,6 +21,7 @@ import uvicorn
 from undercroft.api.app import create_app
 from undercroft.api.certificate import Certificate, ensure_certificate, server_context
 from undercroft.api.gate import Gate, Identification, group_id
+from undercroft.api.hot import HotReads
 from undercroft.api.peers import ApiProtocol, ApiState, ApiWebSocketProtocol
 from undercroft.api.statistics import Statistics
 from undercroft.api.tokens import TokenFile
@@ -67,7 +68,7 @@ class ApiServer:
             stopping=self._stopping,
             statistics=self.statistics,
         )
-        gate = Gate(app, Identification(self.tokens), self.statistics)
+        gate = Gate(HotReads(app, operations), Identification(self.tokens), self.statistics)
         self._config = uvicorn.Config(
             gate,
             interface="asgi3",

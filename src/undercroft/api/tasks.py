@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from litestar import Controller, Response, get, post
-from litestar.params import Parameter
+from litestar.params import QueryParameter
 
 from undercroft.api.answers import (
     CURSOR,
@@ -26,8 +26,8 @@ from undercroft.model.errors import InvalidError
 from undercroft.model.task import Task
 
 MAX_WAIT = 60.0
-WAIT = Parameter(
-    query="wait",
+WAIT = QueryParameter(
+    name="wait",
     required=False,
     description=f"Answer when it is final, or after so many seconds (at most {MAX_WAIT:.0f}).",
 )
