@@ -24,6 +24,7 @@ from undercroft.store.sqlite.leases import Leases, SQLiteLease, check_ttl, new_l
 from undercroft.store.sqlite.migrations import MIGRATIONS, Migration
 from undercroft.store.sqlite.reader import Reader
 from undercroft.store.sqlite.statements import begin_lease, compact, end_lease, prepare
+from undercroft.store.sqlite.tables import Tables
 from undercroft.store.sqlite.writer import Batch, Retention, Writer
 
 R = TypeVar("R", bound=Record)
@@ -51,6 +52,7 @@ class SQLiteStore:
         self._db = writer
         self._reader = Reader(reader, path, codec)
         self._history = History(self._reader, codec)
+        self._tables = Tables(self._reader, self._history)
         self._writer = Writer(writer, path, retention, self._deliver)
         self._leases = Leases(
             clock, lambda id: self._writer.submit(end_lease(id, codec)), self._reader.leases()
@@ -98,7 +100,7 @@ class SQLiteStore:
     async def list(self, kind: type[R]) -> Listing[R]:
         """See `Store.list`."""
         self._check_open()
-        return self._reader.all(kind)
+        return self._tables.list(kind)
 
     async def resolve(self, scope: str, name: str) -> str | None:
         """See `Store.resolve`."""
