@@ -194,6 +194,15 @@ def dig(record: Any, path: str, default: Any = None) -> Any:
     return record
 
 
+def plain(value: Any) -> str:
+    """A value for scripts: text as it is, nothing for null, anything else as JSON."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    import json
+
+    return json.dumps(value, ensure_ascii=False)
+
+
 def local_time(seconds: float) -> str:
     """A point in time (seconds since 1970) as the user's clock shows it."""
     import time

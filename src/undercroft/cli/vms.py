@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from undercroft.cli.command import Command, Namespace, Parser, add_names, duration, label, size
 from undercroft.cli.errors import OK, UsageError, ours, report
-from undercroft.cli.output import Table, dig
+from undercroft.cli.output import Table, dig, plain
 from undercroft.client.raw import quote
 
 TYPE_CHECKING = False
@@ -142,15 +142,19 @@ class Show(Command):
 
     description = """
         Shows what a VM should be and what it is: shape, disks, ports, addresses, how its last run
-        ended. With --json the whole object as the API has it.
+        ended. With --json the whole object as the API has it, with --field one value of it.
     """
     examples = (
         ("croft show web1", "for people"),
         ("croft show web1 --json", "for programs"),
+        ("croft show web1 --field status.instance.pid", "for scripts"),
     )
 
     def arguments(self, parser: Parser) -> None:
         add_names(parser)
+        parser.add_argument(
+            "--field", metavar="PATH", help="only this of what --json prints; nothing if unset"
+        )
 
     def run(self, croft: Croft, args: Namespace) -> int:
         code = OK
@@ -163,6 +167,10 @@ class Show(Command):
                 if known is None or known.code == "daemon":
                     raise
                 code = report(croft, known) or code
+        if args.field is not None:
+            for vm in found:
+                print(plain(dig(vm, args.field)))
+            return code
         if croft.json:
             croft.print_json(found[0] if len(args.names) == 1 and found else found)
             return code
