@@ -51,6 +51,21 @@ class Connection:
         poll.register(self._socket.fileno(), select.POLLIN | select.POLLRDHUP)
         return bool(poll.poll(0))
 
+    def answered(self) -> bool:
+        """Whether an answer has begun to arrive, though the request is not wholly sent."""
+        if not self._buffer and self.stale():
+            timeout = self._socket.gettimeout()
+            self._socket.settimeout(0)
+            try:
+                data = self._socket.recv(_CHUNK)
+            except OSError:  # nothing yet: with TLS also what carries no data makes it readable
+                return False
+            finally:
+                self._socket.settimeout(timeout)
+            self._buffer += data
+            return True
+        return bool(self._buffer)
+
     def send(self, data: bytes | bytearray | memoryview) -> None:
         """Sends all of it. Raises OSError."""
         self._socket.sendall(data)
@@ -87,15 +102,14 @@ class Connection:
         while (end := self._buffer.find(b"\r\n\r\n")) < 0:
             if len(self._buffer) > MAX_HEAD:
                 raise broken(self.where, "a head without end")
-            try:
-                data = self._fill()
-            except ConnectionError:
-                data = b""
+            data = self._fill()
             if not data:
                 if self._buffer:
                     raise broken(self.where, "the connection ended in the middle of an answer")
                 raise _Gone
             self._buffer += data
+        if end > MAX_HEAD:
+            raise broken(self.where, "a head without end")
         lines = bytes(self._buffer[:end]).split(b"\r\n")
         del self._buffer[: end + 4]
         return lines
@@ -110,8 +124,8 @@ class Connection:
                 f"the daemon at {self.where} does not react",
                 action="see its log (daemon.log in its data directory)",
             ) from None
-        except ConnectionError:
-            return b""
+        except OSError:
+            return b""  # whoever reads knows whether that is too early
 
     def detach(self) -> tuple[socket.socket, bytes]:
         """The socket, and what was received already, for another protocol."""
@@ -125,12 +139,18 @@ class Connection:
 class Response:
     """An answer whose body has not been read yet. ``headers`` have lower-case names."""
 
-    __slots__ = ("_connection", "_length", "_transport", "headers", "status")
+    __slots__ = ("_connection", "_length", "_reusable", "_transport", "headers", "status")
 
     def __init__(
-        self, transport: Transport, connection: Connection, method: str, head: list[bytes]
+        self,
+        transport: Transport,
+        connection: Connection,
+        method: str,
+        head: list[bytes],
+        reusable: bool = True,
     ) -> None:
         self._transport = transport
+        self._reusable = reusable
         self._connection: Connection | None = connection
         self.status, self.headers = _parse_head(connection.where, head)
         # Bytes still to come; -1: chunked; -2: until the connection ends (RFC 9112, section 6.3).
@@ -220,10 +240,11 @@ class Response:
         connection, self._connection = self._connection, None
         if connection is None:
             return
-        if self._length == -2 or "close" in self.headers.get("connection", "").lower():
-            connection.close()
-        else:
+        closing = self._length == -2 or "close" in self.headers.get("connection", "").lower()
+        if self._reusable and not closing:
             self._transport.put_back(connection)
+        else:
+            connection.close()
 
     def close(self) -> None:
         """Gives up on the rest of the body."""
@@ -283,25 +304,34 @@ class Transport:
     def _exchange(
         self, connection: Connection, method: str, head: bytes, body: bytes | Iterable[bytes] | None
     ) -> Response:
+        whole = self._send(connection, head + body if isinstance(body, bytes) else head)
+        if whole and body is not None and not isinstance(body, bytes):
+            whole = self._send_chunks(connection, body)
+        lines = connection.head()
+        while lines[0].startswith((b"HTTP/1.1 1", b"HTTP/1.0 1")) and b" 101" not in lines[0][:13]:
+            lines = connection.head()  # interim, such as 100 Continue
+        return Response(self, connection, method, lines, reusable=whole)
+
+    def _send_chunks(self, connection: Connection, body: Iterable[bytes]) -> bool:
+        """Sends a body of unknown length; False if it was refused before its end."""
+        for chunk in body:
+            if connection.answered():
+                return False
+            if chunk and not self._send(connection, b"%x\r\n%b\r\n" % (len(chunk), chunk)):
+                return False
+        return self._send(connection, b"0\r\n\r\n")
+
+    def _send(self, connection: Connection, data: bytes) -> bool:
+        """Sends; False if the connection ended. The reason may have been sent, so read on."""
         try:
-            if body is None or isinstance(body, bytes):
-                connection.send(head + (body or b""))
-            else:
-                connection.send(head)
-                for chunk in body:
-                    if chunk:
-                        connection.send(b"%x\r\n%b\r\n" % (len(chunk), chunk))
-                connection.send(b"0\r\n\r\n")
-        except ConnectionError:
-            pass  # refused in the middle: the reason may have been sent, so read on
+            connection.send(data)
         except TimeoutError:
             from undercroft.model.errors import TimeLimitError
 
             raise TimeLimitError(f"the daemon at {self.where} does not take the request") from None
-        lines = connection.head()
-        while lines[0].startswith((b"HTTP/1.1 1", b"HTTP/1.0 1")) and b" 101" not in lines[0][:13]:
-            lines = connection.head()  # interim, such as 100 Continue
-        return Response(self, connection, method, lines)
+        except OSError:
+            return False
+        return True
 
     def _head(
         self,
