@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -75,10 +76,16 @@ def saying(*pieces: bytes) -> Script:
 
     def script(connection: socket.socket) -> None:
         take(connection)
-        for piece in pieces:
-            connection.sendall(piece)
+        with contextlib.suppress(BrokenPipeError):  # the client has heard enough
+            for piece in pieces:
+                connection.sendall(piece)
 
     return script
+
+
+def failing(status: int, body: bytes) -> Script:
+    """An answer with a body, whatever it was that was asked."""
+    return saying(b"HTTP/1.1 %d No\r\ncontent-length: %d\r\n\r\n%b" % (status, len(body), body))
 
 
 def get(server: Scripted) -> Response:
@@ -178,7 +185,12 @@ def test_a_broken_answer_is_a_clear_error(scripted: Callable[..., Scripted], ans
 
 def test_silence_has_a_limit(scripted: Callable[..., Scripted]) -> None:
     ended = threading.Event()
-    server = scripted(lambda connection: (take(connection), ended.wait(5)) and None)
+
+    def script(connection: socket.socket) -> None:
+        take(connection)
+        ended.wait(5)
+
+    server = scripted(script)
     with pytest.raises(TimeLimitError):
         Transport(server.endpoint).request("GET", "/x", timeout=0.1)
     ended.set()
@@ -241,18 +253,14 @@ def test_a_refusal_that_ends_the_connection_is_still_read(
 
 def test_what_is_no_problem_document_is_still_an_error(scripted: Callable[..., Scripted]) -> None:
     for body in (b"oops", b"[]", b'{"title": "x"}', b'{"code": 3, "data": 5}'):
-        server = scripted(
-            saying(b"HTTP/1.1 500 No\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
-        )
+        server = scripted(failing(500, body))
         with pytest.raises(UndercroftError):
             Raw(server.endpoint).get("/x")
 
 
 def test_an_unknown_code_keeps_it(scripted: Callable[..., Scripted]) -> None:
     body = b'{"code": "from-the-future", "status": 499, "title": "t", "detail": "d", "x": 1}'
-    server = scripted(
-        saying(b"HTTP/1.1 499 No\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
-    )
+    server = scripted(failing(499, body))
     with pytest.raises(UndercroftError) as caught:
         Raw(server.endpoint).get("/x")
     assert caught.value.code == "from-the-future"
@@ -263,9 +271,7 @@ def test_data_that_looks_like_a_parameter_does_no_harm(scripted: Callable[..., S
         b'{"code": "busy", "status": 409, "title": "t", "detail": "d",'
         b' "data": {"message": "x", "self": 1, "object": "y", "limit": 3}}'
     )
-    server = scripted(
-        saying(b"HTTP/1.1 409 No\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
-    )
+    server = scripted(failing(409, body))
     with pytest.raises(UndercroftError) as caught:
         Raw(server.endpoint).get("/x")
     assert (caught.value.message, caught.value.data) == ("d", {"limit": 3})
