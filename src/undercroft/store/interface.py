@@ -156,7 +156,7 @@ class Lease(Protocol):
         """
 
     async def end(self) -> None:
-        """Ends it now: what hangs on it is removed."""
+        """Ends it now: what hangs on it is removed. Does nothing if it has ended already."""
 
 
 class Store(Protocol):

@@ -401,6 +401,24 @@ class ConcurrencyContract(Base):
         names = {item.record.meta.name for item in (await store.list(VM)).items}
         assert names == {f"n{n}" for n in range(60) if n % 3}
 
+    async def test_a_failure_among_successes_leaves_no_trace(self, store: Store):
+        """It fails half-way, and what is committed with it succeeds."""
+        await store.transact(Transaction(claims=[Claim("s", "taken", "a"), Claim("s", "b", "b")]))
+        half = Transaction(
+            releases=[Release("s", "b", "b")],
+            claims=[Claim("s", "fresh", "x"), Claim("s", "taken", "x")],
+            puts=[Put(vm("lost"))],
+        )
+        good = [Transaction(puts=[Put(vm(f"n{n}"))]) for n in range(10)]
+        outcomes = await asyncio.gather(
+            *(store.transact(t) for t in [*good[:5], half, *good[5:]]), return_exceptions=True
+        )
+        assert isinstance(outcomes.pop(5), AlreadyExistsError)
+        assert all(isinstance(outcome, int) for outcome in outcomes)
+        assert await store.resolve("s", "fresh") is None
+        assert await store.resolve("s", "b") == "b"
+        assert len((await store.list(VM)).items) == 10
+
     async def test_a_cancelled_caller_harms_nobody(self, store: Store):
         tasks = [
             asyncio.create_task(store.transact(Transaction(puts=[Put(vm(f"n{n}"))])))

@@ -119,4 +119,5 @@ class _Snapshot:
         self._db.execute("BEGIN")
 
     def __exit__(self, *exc: object) -> None:
-        self._db.execute("COMMIT")
+        if self._db.in_transaction:  # some errors end it
+            self._db.execute("COMMIT")

@@ -50,6 +50,10 @@ class Tables:
             table.ordered = [table.records[id] for id in sorted(table.records)]
         return Listing(cast("list[Versioned[R]]", table.ordered.copy()), table.revision)
 
+    def forget(self) -> None:
+        """Gives the memory back."""
+        self._tables.clear()
+
     def _keep(self, kind: str, listing: Listing[R]) -> None:
         self._tables.pop(kind, None)
         if len(listing.items) <= MOST:
