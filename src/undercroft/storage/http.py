@@ -199,6 +199,7 @@ def _ask(
             line.secure(name)
         connection = http.client.HTTPConnection(name, port)
         connection.sock = line.socket
+        connection.response_class = _Response
         stack.callback(connection.close)
         connection.request("GET", target, headers=sent)
         response = connection.getresponse()
@@ -215,6 +216,30 @@ def _ask(
     finally:
         timer.cancel()
         stop.check()
+
+
+class _WholeLines:
+    """A file whose `readline` does not take the end of the connection for the end of a line:
+    http.client would take a head that is cut off for a whole one, and its body for empty."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def readline(self, limit: int) -> bytes:
+        """The next line, or the first ``limit`` bytes of one that is longer."""
+        line: bytes = self._file.readline(limit)
+        if not line.endswith(b"\n") and len(line) < limit:
+            raise http.client.RemoteDisconnected("the connection ends too early")
+        return line
+
+
+class _Response(http.client.HTTPResponse):
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self.fp: Any = _WholeLines(self.fp)
 
 
 class _Line:
@@ -304,7 +329,7 @@ def _open_tunnel(connected: socket.socket, target: str, proxy: SplitResult) -> N
     lines = [f"CONNECT {target} HTTP/1.1", f"Host: {target}"]
     lines += [f"{name}: {value}" for name, value in _proxy_authorization(proxy).items()]
     connected.sendall("\r\n".join([*lines, "", ""]).encode("ascii"))
-    response = http.client.HTTPResponse(connected, method="CONNECT")
+    response = _Response(connected, method="CONNECT")
     try:
         response.begin()
         if response.status != 200:
