@@ -47,7 +47,7 @@ async def start(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
             state=VMState.RUNNING,
             instance=instance,
             message=None,
-            restarts=0 if by_user else record.status.restarts + 1,
+            restarts=0 if by_user else record.status.restarts,
         )
 
     told = "was resumed" if resumed else "was started"
