@@ -7,9 +7,11 @@ import asyncio
 import structlog
 
 from undercroft.host.environment import Environment
+from undercroft.host.fetching import downloads
 from undercroft.model.errors import UndercroftError
 from undercroft.model.event import Event
 from undercroft.model.task import Task
+from undercroft.storage.fetch import sweep_downloads
 from undercroft.store.interface import Delete, Transaction
 
 log = structlog.get_logger(__name__)
@@ -18,6 +20,7 @@ INTERVAL = 300.0  # seconds
 KEEP_TASKS = 1_000
 KEEP_EVENTS = 10_000
 KEEP_REVISIONS = 20_000
+KEEP_DOWNLOADS = 7 * 86400.0  # seconds that the part of a file waits for its download to go on
 BATCH = 500
 
 
@@ -32,7 +35,7 @@ async def keep_house(environment: Environment) -> None:
 
 
 async def tidy(environment: Environment) -> None:
-    """Forgets the oldest finished tasks and events beyond the numbers kept."""
+    """Forgets the oldest finished tasks and events beyond the numbers kept, and old downloads."""
     store = environment.store
     tasks = [t for t in (await store.list(Task)).items if t.record.status.state.final]
     tasks.sort(key=lambda item: item.revision, reverse=True)
@@ -42,3 +45,5 @@ async def tidy(environment: Environment) -> None:
     for start in range(0, len(old), BATCH):
         await store.transact(Transaction(deletes=old[start : start + BATCH]))
     await store.compact(KEEP_REVISIONS)
+    since = environment.clock() - KEEP_DOWNLOADS
+    await asyncio.to_thread(sweep_downloads, downloads(environment), since)

@@ -16,6 +16,7 @@ from undercroft.model.errors import InvalidError
 from undercroft.model.image import Image, ImageContent, ImageDefaults, ImageSourceKind
 from undercroft.storage.images import ImageStore
 from undercroft.storage.importing import ImportOptions, import_image
+from undercroft.storage.process import share_of
 
 Progress = Callable[[float, str], None]
 
@@ -112,10 +113,10 @@ async def _fetch(
 ) -> tuple[str, ImageContent]:
     from undercroft.host.fetching import fetch_source
 
-    source, image = await fetch_source(environment, image, progress)
-    return await import_image(
-        store, source, _options(image, take=True), lambda f, p: progress(0.7 + 0.3 * f, p)
-    )
+    options = _options(image, take=True)
+    part = share_of(progress, 0.0, 0.7)
+    async with fetch_source(environment, image, options, part) as (source, completed):
+        return await import_image(store, source, completed, share_of(progress, 0.7, 1.0))
 
 
 def _options(image: Image, *, take: bool) -> ImportOptions:

@@ -16,6 +16,7 @@ from undercroft.model.names import new_id
 from undercroft.model.requests import CheckReport, ExecRequest, ExecResult, VMSample
 from undercroft.model.vm import VM
 from undercroft.operations.services import ByteStream, ConsoleSession
+from undercroft.storage.catalogue import FILE_NAME, CatalogueEntry, load_catalogue
 
 READ_SIZE = 64 << 10
 
@@ -128,6 +129,10 @@ class LocalHost:
     async def check(self, repair: bool) -> CheckReport:
         """Looks for what a crash left behind."""
         return await self._check(repair)
+
+    async def catalogue(self) -> dict[str, CatalogueEntry]:
+        """The images that can be fetched by name."""
+        return await asyncio.to_thread(load_catalogue, self._environment.data / FILE_NAME)
 
     def upload_path(self, name: str) -> Path:
         """A fresh path for content that is being sent."""

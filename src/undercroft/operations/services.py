@@ -8,6 +8,7 @@ from typing import Protocol
 
 from undercroft.model.requests import CheckReport, ExecRequest, ExecResult, VMSample
 from undercroft.model.vm import VM
+from undercroft.storage.catalogue import CatalogueEntry
 
 
 class ConsoleSession(Protocol):
@@ -72,6 +73,10 @@ class HostServices(Protocol):
 
     async def check(self, repair: bool) -> CheckReport:
         """Looks for what a crash left behind, and puts it right on request."""
+
+    async def catalogue(self) -> dict[str, CatalogueEntry]:
+        """The images that can be fetched by name; `DataError` if the user's file of them makes no
+        sense."""
 
     def upload_path(self, name: str) -> Path:
         """A fresh path in the data directory for content that is being sent (`ImageSourceKind`
