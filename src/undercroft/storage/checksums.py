@@ -17,11 +17,12 @@ from undercroft.model.errors import FetchError, InvalidError
 
 __all__ = ["Checksum", "checksum_in"]
 
+_LONGEST = 4096  # characters of a line
 _LENGTHS = {64: "sha256", 128: "sha512"}  # hex digits
 _HEX = "[0-9A-Fa-f]{64}(?:[0-9A-Fa-f]{64})?"
 _CHECKSUM = re.compile(rf"(?:(sha256|sha512):)?({_HEX})", re.IGNORECASE)
-_PLAIN = re.compile(rf"\\?({_HEX})(?:[ \t]+\*?(\S.*?))?\s*")
-_TAGGED = re.compile(rf"\s*(?:SHA256|SHA512)[ \t]*\((.+)\)[ \t]*=[ \t]*({_HEX})\s*", re.IGNORECASE)
+_PLAIN = re.compile(rf"\\?({_HEX})(?:[ \t]+\*?(\S.*))?")
+_TAGGED = re.compile(rf"(?:SHA256|SHA512)[ \t]*\((.+)\)[ \t]*=[ \t]*({_HEX})", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,12 @@ def checksum_in(text: str, file: str, source: str) -> Checksum:
 def _entries(text: str) -> list[tuple[str, str]]:
     """Name (perhaps empty) and value in lower case of every line that is an entry."""
     entries = []
-    for line in text.splitlines():
+    for line in map(str.strip, text.splitlines()):
+        if len(line) > _LONGEST:
+            continue
         if match := _TAGGED.fullmatch(line):
             entries.append((match.group(1), match.group(2).lower()))
-        elif match := _PLAIN.fullmatch(line.lstrip()):
+        elif match := _PLAIN.fullmatch(line):
             entries.append((match.group(2) or "", match.group(1).lower()))
     return entries
 
