@@ -50,6 +50,15 @@ async def test_it_is_not_read_again(store: SQLiteStore, monkeypatch):
     assert all(a is b for a, b in zip(after.items[:3], before.items[:3], strict=True))
 
 
+async def test_what_is_committed_but_not_published_yet(store: SQLiteStore, monkeypatch):
+    await store.transact(Transaction(puts=[Put(vm(id="vm-0"))]))
+    await same(store)
+    # Publishing takes a turn of the loop, which may run others before.
+    monkeypatch.setattr(store._history, "publish", lambda news, compacted: None)
+    await store.transact(Transaction(puts=[Put(vm(id="vm-1"))]))
+    await same(store)
+
+
 async def test_the_list_is_the_callers(store: SQLiteStore):
     await store.transact(Transaction(puts=[Put(vm())]))
     for _ in range(3):

@@ -69,7 +69,11 @@ class Tables:
             return False
         while table.revision < last:
             try:
-                news, table.revision = self._history.read(table.revision, frozenset((kind,)))
+                news, seen = self._history.read(table.revision, frozenset((kind,)))
+                if seen == table.revision:
+                    # Committed, but not published yet: that takes a turn of the loop we are on.
+                    news, seen = self._reader.history(table.revision, frozenset((kind,)))
+                table.revision = seen
             except CompactedError:
                 return False
             for changes in news:
