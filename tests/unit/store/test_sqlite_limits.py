@@ -295,6 +295,23 @@ async def test_real_time_passes(path: Path):
     await store.close()
 
 
+async def test_late_is_late(path: Path):
+    """A holder that slept cannot go on, even if nothing has been removed yet."""
+    now = 0.0
+    store = await SQLiteStore.open(path, clock=lambda: now)
+    lease = await store.lease(60.0)
+    await store.transact(Transaction(puts=[Put(vm(), lease.id)]))
+    now = 60.0
+    with pytest.raises(ConflictError):
+        await lease.keep()
+    with pytest.raises(ConflictError):
+        await store.transact(Transaction(puts=[Put(vm(), lease.id)]))
+    assert len((await store.list(VM)).items) == 1
+    await store.expire()
+    assert (await store.list(VM)).items == []
+    await store.close()
+
+
 async def test_written_leases_end_after_a_restart_by_themselves(path: Path):
     store = await SQLiteStore.open(path)
     lease = await store.lease(0.05)
