@@ -24,6 +24,7 @@ PRIVILEGES = frozenset(
         "event.view",
         "host.view",
         "host.check",
+        "host.files",  # have the daemon read a file of the host for an image
     }
 )
 VIEW = frozenset(name for name in PRIVILEGES if name.endswith(".view"))

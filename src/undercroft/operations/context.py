@@ -52,7 +52,10 @@ async def find(store: Store, kind: type[R], ref: str, *, project: str = "default
     Raises:
         NotFoundError: there is none.
     """
-    id = ref if is_id(ref) else await store.resolve(scope(kind.kind, project), ref)
+    id: str | None = ref
+    if not is_id(ref):
+        # No name has other characters, and not every store could look for all of them.
+        id = await store.resolve(scope(kind.kind, project), ref) if ref.isascii() else None
     found = await store.get(kind, id) if id is not None else None
     if found is None:
         raise NotFoundError(

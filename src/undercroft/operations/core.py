@@ -45,6 +45,7 @@ class EventOperations:
         """Events later than revision ``after``, oldest first, at most ``limit``: the first ones
         after it, or the newest if ``after`` is 0. ``object``: only those about this name or id."""
         caller.require("event.view")
+        limit = max(0, limit)
         listing = await self._context.store.list(Event)
         items = sorted(
             (
@@ -55,7 +56,7 @@ class EventOperations:
             ),
             key=lambda item: (item.revision, item.record.meta.created),
         )
-        kept = items[:limit] if after else items[-limit:]
+        kept = items[:limit] if after else items[max(0, len(items) - limit) :]
         return Listing(kept, listing.revision)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import builtins
 import re
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
 
 from undercroft.model.base import Meta
+from undercroft.model.checks import check_user
 from undercroft.model.errors import (
     AlreadyExistsError,
     InUseError,
@@ -30,6 +33,8 @@ from undercroft.operations.context import (
     pending,
     scope,
 )
+from undercroft.storage.catalogue import find_entry
+from undercroft.storage.http import check_url
 from undercroft.store.interface import (
     Check,
     Claim,
@@ -41,6 +46,7 @@ from undercroft.store.interface import (
 )
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_UPLOAD = re.compile(r"upload-[a-z0-9]{1,64}")  # see HostServices.upload_path
 _FIRMWARE = ("bios", "uefi", "kernel")
 
 
@@ -57,11 +63,16 @@ class ImageOperations:
 
         Raises:
             InvalidError: the source, checksum or name makes no sense.
+            NotFoundError: the catalogue has no such image.
             AlreadyExistsError: the name is taken.
         """
         caller.require("image.create")
-        name = check_name(request.name or _suggest_name(request), "image")
+        if request.source is ImageSourceKind.FILE:
+            caller.require("host.files")
         _check(request)
+        if request.source is ImageSourceKind.CATALOGUE:
+            find_entry(await self._context.services.catalogue(), request.value)
+        name = check_name(request.name or _suggest_name(request), "image")
         now = self._context.clock()
         for _ in range(ATTEMPTS):
             image = Image(
@@ -130,6 +141,16 @@ class ImageOperations:
         caller.require("image.view")
         return await self._context.store.list(Image)
 
+    async def catalogue(self, caller: Caller) -> builtins.list[dict[str, Any]]:
+        """The images that can be fetched by name, each as a `CatalogueEntry`.
+
+        Raises:
+            DataError: the user's catalogue makes no sense.
+        """
+        caller.require("image.view")
+        entries = await self._context.services.catalogue()
+        return [msgspec.to_builtins(entry) for entry in entries.values()]
+
     async def remove(self, caller: Caller, ref: str, force: bool = False) -> Task:
         """Removes an image that no VM was made from. ``force`` cancels its making.
 
@@ -196,9 +217,10 @@ def _suggest_name(request: ImageCreate) -> str:
     if request.source in (ImageSourceKind.BUILD, ImageSourceKind.CATALOGUE):
         return request.value
     path = urlsplit(request.value).path if request.source is ImageSourceKind.URL else request.value
-    stem = Path(path).name.lower()
+    stem = re.sub(r"\.(xz|gz|zst|bz2)$", "", Path(path).name.lower())
     stem = re.sub(r"\.(qcow2|raw|img|vmdk|vhdx?|vdi|iso)$", "", stem)
-    return re.sub(r"[^a-z0-9._-]+", "-", stem)[:60].strip("-._") or "imported"
+    stem = re.sub(r"\.{2,}", ".", re.sub(r"[^a-z0-9._-]+", "-", stem))
+    return stem[:60].strip("-._") or "imported"
 
 
 def _check(request: ImageCreate) -> None:
@@ -214,11 +236,9 @@ def _check(request: ImageCreate) -> None:
         raise InvalidError(
             f"{request.value[:80]!r} is not an absolute path", action="begin it with /"
         )
-    if request.source is ImageSourceKind.UPLOAD and "/" in request.value:
+    if request.source is ImageSourceKind.UPLOAD and _UPLOAD.fullmatch(request.value) is None:
         raise InvalidError(f"{request.value[:80]!r} is not an upload")
     if request.source is ImageSourceKind.URL:
-        parts = urlsplit(request.value)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise InvalidError(
-                f"{request.value[:80]!r} is not an address", action="begin it with https://"
-            )
+        check_url(request.value)
+    if request.user is not None:
+        check_user(request.user)

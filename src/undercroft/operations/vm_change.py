@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import msgspec
 
 from undercroft.model.checks import check_vm_spec
@@ -47,11 +49,15 @@ async def change(
         check_present(found.record)
         if request == VMChange():
             return found
-        try:
+        if request.name is not None and found.record.status.state is VMState.CREATING:
+            raise WrongStateError(
+                f"{found.record.label} is being made, so it cannot be renamed",
+                object=found.record.label,
+                action="wait until it is there",
+                state=found.record.status.state,
+            )
+        with contextlib.suppress(StaleError):
             return await _write(context, caller, found, request)
-        except StaleError:
-            if if_match is not None:
-                raise
     raise StaleError(f"others keep changing vm {ref}", object=f"vm {ref}", action="try again")
 
 
@@ -102,7 +108,10 @@ async def _write(
     except AlreadyExistsError as taken:
         what = str(taken.data.get("name", ""))
         if str(taken.data.get("scope", "")).startswith("port/"):
-            what = f"port {what.rpartition('/')[2]} of the host is already forwarded"
+            number = what.rpartition("/")[2]
+            if not any(str(f.host_port) == number for f in request.forwards or ()):
+                raise StaleError(f"port {number} was taken meanwhile") from None  # choose again
+            what = f"port {number} of the host is already forwarded"
         else:
             what = f"the name {what} is taken"
         raise AlreadyExistsError(what, object=vm.label, action="choose another") from None
@@ -133,15 +142,19 @@ async def _with_forwards(
 ) -> tuple[Port, ...]:
     if not ports:
         raise InvalidError("a VM without a network adapter cannot have forwarded ports")
+    stated = {(f.protocol, f.host_port) for f in forwards}
     kept = {
-        (f.protocol, f.host_address, f.guest_port): f for f in ports[0].forwards
+        (f.protocol, f.host_address, f.guest_port): f
+        for f in ports[0].forwards
+        if (f.protocol, f.host_port) not in stated
     }  # a forward that stays keeps the host port it was given
     wanted = tuple(
-        kept.get((f.protocol, f.host_address, f.guest_port), f) if f.host_port == 0 else f
+        kept.pop((f.protocol, f.host_address, f.guest_port), f) if f.host_port == 0 else f
         for f in forwards
     )
-    assigned = await assign_host_ports(context, wanted)
-    return (msgspec.structs.replace(ports[0], forwards=assigned), *ports[1:])
+    return await assign_host_ports(
+        context, (msgspec.structs.replace(ports[0], forwards=wanted), *ports[1:])
+    )
 
 
 async def _rename_volumes(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import secrets
 import socket
 
 import msgspec
 
 from undercroft.model.base import Meta
-from undercroft.model.checks import check_vm_spec
+from undercroft.model.checks import check_ports, check_vm_spec
 from undercroft.model.errors import (
     AlreadyExistsError,
     InvalidError,
@@ -97,21 +98,26 @@ def port_claim(host: str, forward: Forward) -> tuple[str, str]:
     return f"port/{host}", f"{forward.protocol}/{forward.host_port}"
 
 
-async def assign_host_ports(context: Context, forwards: tuple[Forward, ...]) -> tuple[Forward, ...]:
+async def assign_host_ports(context: Context, ports: tuple[Port, ...]) -> tuple[Port, ...]:
     """Gives a free host port to each forward that has none.
 
     Raises:
+        InvalidError: the ports make no sense, or an address is none of this host's.
         UnavailableError: none is free.
     """
-    chosen: list[Forward] = []
-    taken = {(f.protocol, f.host_port) for f in forwards if f.host_port}
-    for forward in forwards:
-        if forward.host_port == 0:
-            port = await _free_port(context, forward, taken)
-            forward = msgspec.structs.replace(forward, host_port=port)
-            taken.add((forward.protocol, port))
-        chosen.append(forward)
-    return tuple(chosen)
+    check_ports(ports)
+    taken = {(f.protocol, f.host_port) for port in ports for f in port.forwards if f.host_port}
+    complete: list[Port] = []
+    for port in ports:
+        chosen: list[Forward] = []
+        for forward in port.forwards:
+            if forward.host_port == 0:
+                number = await _free_port(context, forward, taken)
+                forward = msgspec.structs.replace(forward, host_port=number)
+                taken.add((forward.protocol, number))
+            chosen.append(forward)
+        complete.append(msgspec.structs.replace(port, forwards=tuple(chosen)))
+    return tuple(complete)
 
 
 async def _free_port(context: Context, forward: Forward, taken: set[tuple[Protocol, int]]) -> int:
@@ -133,7 +139,12 @@ def _bindable(forward: Forward) -> bool:
     with socket.socket(socket.AF_INET, kind) as probe:
         try:
             probe.bind((forward.host_address, forward.host_port))
-        except OSError:
+        except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise InvalidError(
+                    f"{forward.host_address} is not an address of this host",
+                    action="forward from 127.0.0.1, or from 0.0.0.0 for all addresses",
+                ) from None
             return False
     return True
 
@@ -308,16 +319,10 @@ async def _ports(
         if content is not None and content.ssh and not reaches_ssh:
             forwards = (*forwards, Forward(guest_port=22))
         ports = (msgspec.structs.replace(first, forwards=forwards), *ports[1:])
-    stated = [(f.protocol, f.host_port) for p in ports for f in p.forwards if f.host_port]
-    if len(set(stated)) != len(stated):
-        raise InvalidError("a port of the host is forwarded twice")
-    complete = []
-    for port in ports:
-        forwards = await assign_host_ports(context, port.forwards)
-        complete.append(
-            msgspec.structs.replace(port, mac=(port.mac or new_mac()).lower(), forwards=forwards)
-        )
-    return tuple(complete)
+    ports = tuple(
+        msgspec.structs.replace(port, mac=(port.mac or new_mac()).lower()) for port in ports
+    )
+    return await assign_host_ports(context, ports)
 
 
 def _invent_name(request: VMCreate) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from undercroft.model.errors import StaleError, WrongStateError
+from undercroft.model.errors import InvalidError, StaleError, WrongStateError
 from undercroft.model.requests import StopRequest
 from undercroft.model.task import Task
 from undercroft.model.vm import VM, Power, VMState
@@ -23,6 +23,7 @@ from undercroft.operations.context import (
 from undercroft.store.interface import Check, Put, Transaction
 
 _STOPPED = (VMState.STOPPED, VMState.FAILED)
+MAX_STOP_TIMEOUT = 86400.0
 
 
 def _refuse(vm: VM, doing: str, action: str | None = None) -> WrongStateError:
@@ -45,6 +46,11 @@ def check_present(vm: VM) -> None:
         raise _refuse(vm, "used", action="wait until it is gone")
 
 
+def _rests(vm: VM) -> bool:
+    """Whether it is off and nothing that waits will change that."""
+    return vm.status.state in _STOPPED and not vm.tasks
+
+
 def can_start(vm: VM) -> None:
     """Raises `WrongStateError` where starting makes no sense."""
     if vm.spec.power is Power.PAUSED:
@@ -62,13 +68,13 @@ def can_stop(vm: VM, force: bool) -> None:
             action=f"start it first, or throw its saved state away: croft stop --force "
             f"{vm.meta.name}",
         )
-    if vm.spec.power is Power.STOPPED and vm.status.state in _STOPPED and not vm.tasks:
+    if vm.spec.power is Power.STOPPED and _rests(vm):
         raise _refuse(vm, "stopped")
 
 
 def can_pause(vm: VM) -> None:
     """Raises `WrongStateError` where pausing makes no sense."""
-    if vm.spec.power is not Power.RUNNING or vm.status.state in _STOPPED:
+    if vm.spec.power is not Power.RUNNING or _rests(vm):
         raise _refuse(vm, "paused")
 
 
@@ -81,13 +87,13 @@ def can_resume(vm: VM) -> None:
 
 def can_suspend(vm: VM) -> None:
     """Raises `WrongStateError` where suspending makes no sense."""
-    if vm.spec.power not in (Power.RUNNING, Power.PAUSED) or vm.status.state in _STOPPED:
+    if vm.spec.power not in (Power.RUNNING, Power.PAUSED) or _rests(vm):
         raise _refuse(vm, "suspended")
 
 
 def can_restart(vm: VM) -> None:
     """Raises `WrongStateError` where restarting or resetting makes no sense."""
-    if vm.spec.power is not Power.RUNNING or vm.status.state in _STOPPED:
+    if vm.spec.power is not Power.RUNNING or _rests(vm):
         raise _refuse(vm, "restarted", action=f"start it: croft start {vm.meta.name}")
 
 
@@ -105,8 +111,9 @@ async def switch(
 ) -> Task:
     """Writes the desired power state and the task that brings it about.
 
-    ``overtakes``: the tasks before it are asked to cancel rather than waited for. A request that is
-    already waiting or running is not made twice: its task is returned.
+    ``overtakes``: the tasks before it are asked to cancel rather than waited for, except for the
+    one that makes the VM. A request that is already waiting or running is not made twice: its task
+    is returned.
 
     Raises:
         NotFoundError, WrongStateError, BusyError, ForbiddenError, StaleError.
@@ -131,7 +138,7 @@ async def switch(
         checks = [Check(VM, vm.meta.id, found.revision)]
         puts = [Put(wanted), Put(task)]
         if overtakes:
-            await ask_to_cancel(context, vm, checks, puts)
+            await ask_to_cancel(context, vm, checks, puts, spare=("vm.create",))
         try:
             await context.store.transact(Transaction(checks=checks, puts=puts))
         except StaleError:
@@ -140,11 +147,20 @@ async def switch(
     raise StaleError(f"others keep changing vm {ref}", object=f"vm {ref}", action="try again")
 
 
-async def ask_to_cancel(context: Context, vm: VM, checks: list[Check], puts: list[Put]) -> None:
-    """Adds to a transaction that all unfinished tasks of the VM are to be cancelled."""
+async def ask_to_cancel(
+    context: Context,
+    vm: VM,
+    checks: list[Check],
+    puts: list[Put],
+    spare: tuple[str, ...] = (),
+) -> None:
+    """Adds to a transaction that the VM's unfinished tasks, except for these verbs, are to be
+    cancelled."""
     for id in vm.tasks:
         earlier = await context.store.get(Task, id)
         if earlier is None or earlier.record.status.state.final or earlier.record.spec.cancel:
+            continue
+        if earlier.record.spec.verb in spare:
             continue
         checks.append(Check(Task, id, earlier.revision))
         puts.append(
@@ -155,6 +171,11 @@ async def ask_to_cancel(context: Context, vm: VM, checks: list[Check], puts: lis
                 )
             )
         )
+
+
+def _check_timeout(request: StopRequest) -> None:
+    if request.timeout is not None and not 0 <= request.timeout <= MAX_STOP_TIMEOUT:
+        raise InvalidError("the time limit must lie between 0 and 86400 seconds")
 
 
 class PowerOperations:
@@ -170,6 +191,7 @@ class PowerOperations:
     async def stop(self, caller: Caller, ref: str, request: StopRequest) -> Task:
         """Asks the guest to shut down and switches the VM off if it does not within the time; with
         ``force`` at once."""
+        _check_timeout(request)
         return await switch(
             self._context,
             caller,
@@ -184,6 +206,7 @@ class PowerOperations:
 
     async def restart(self, caller: Caller, ref: str, request: StopRequest) -> Task:
         """Stops the VM and starts it with its present spec."""
+        _check_timeout(request)
         return await switch(
             self._context,
             caller,

@@ -1,0 +1,227 @@
+"""A store in a temporary directory, a host that only remembers what it was asked, and callers."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from undercroft.model.base import Meta, Record
+from undercroft.model.image import (
+    Image,
+    ImageContent,
+    ImageDefaults,
+    ImageSourceKind,
+    ImageSpec,
+    ImageState,
+    ImageStatus,
+)
+from undercroft.model.names import new_id
+from undercroft.model.requests import CheckReport, ExecRequest, ExecResult, VMCreate, VMSample
+from undercroft.model.task import Task, TaskState
+from undercroft.model.vm import VM, Power, VMState
+from undercroft.model.volume import Volume
+from undercroft.operations.access import SYSTEM, Caller
+from undercroft.operations.context import Context, scope
+from undercroft.operations.core import Operations
+from undercroft.operations.services import ByteStream, ConsoleSession
+from undercroft.store.interface import Claim, Put, Store, Transaction, update
+
+HOST = "host-0000000000000000"
+
+
+class Session:
+    """A console on which nothing happens."""
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return _pieces()
+
+    async def write(self, data: bytes) -> None:
+        """Nothing listens."""
+
+    async def close(self) -> None:
+        """Nothing to end."""
+
+    async def read(self) -> bytes:
+        return b""
+
+
+async def _pieces() -> AsyncIterator[bytes]:
+    yield b"piece"
+
+
+class Services:
+    """`HostServices` that remembers the calls."""
+
+    def __init__(self, tmp: Path) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self._tmp = tmp
+
+    async def exec(self, vm: VM, request: ExecRequest) -> ExecResult:
+        self.calls.append(("exec", vm.meta.id, request))
+        return ExecResult(exit_code=0)
+
+    def read_file(self, vm: VM, path: str) -> AsyncIterator[bytes]:
+        self.calls.append(("read_file", vm.meta.id, path))
+        return _pieces()
+
+    async def write_file(
+        self, vm: VM, path: str, content: AsyncIterator[bytes], mode: int | None = None
+    ) -> int:
+        self.calls.append(("write_file", vm.meta.id, path, mode))
+        return len(b"".join([piece async for piece in content]))
+
+    async def screenshot(self, vm: VM) -> bytes:
+        self.calls.append(("screenshot", vm.meta.id))
+        return b"\x89PNG"
+
+    async def console(self, vm: VM, scrollback: int) -> ConsoleSession:
+        self.calls.append(("console", vm.meta.id, scrollback))
+        return Session()
+
+    async def vnc(self, vm: VM) -> ByteStream:
+        self.calls.append(("vnc", vm.meta.id))
+        return Session()
+
+    async def log(self, vm: VM, limit: int) -> bytes:
+        self.calls.append(("log", vm.meta.id, limit))
+        return b"booted\n"
+
+    async def samples(self) -> Sequence[VMSample]:
+        return []
+
+    async def check(self, repair: bool) -> CheckReport:
+        self.calls.append(("check", repair))
+        return CheckReport()
+
+    def upload_path(self, name: str) -> Path:
+        return self._tmp / f"upload-{new_id('image').removeprefix('img-')}"
+
+
+@dataclass
+class World:
+    """Operations on a real store, and the other side of them: what a host would write."""
+
+    store: Store
+    services: Services
+    now: float = 1000.0
+    operations: Operations = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.context = Context(self.store, HOST, self.services, clock=lambda: self.now)
+        self.operations = Operations(self.context)
+
+    async def vm(self, ref: str) -> VM:
+        return (await self.operations.vms.get(SYSTEM, ref)).record
+
+    async def task(self, id: str) -> Task:
+        return (await self.operations.tasks.get(SYSTEM, id)).record
+
+    async def created(self, name: str, **values: Any) -> VM:
+        """A VM that its host has made, switched off (or running with ``start``)."""
+        task = await self.operations.vms.create(SYSTEM, VMCreate(name=name, **values))
+        running = bool(values.get("start"))
+        await self.done(task, VMState.RUNNING if running else VMState.STOPPED)
+        return await self.vm(name)
+
+    async def done(self, task: Task, state: VMState | None = None) -> None:
+        """What the host writes when the task is done: it is final and off the queue."""
+        await self.end(task.meta.id, TaskState.SUCCEEDED)
+
+        def change(vm: VM) -> VM:
+            status = vm.status if state is None else msgspec.structs.replace(vm.status, state=state)
+            tasks = tuple(id for id in vm.tasks if id != task.meta.id)
+            return msgspec.structs.replace(vm, status=status, tasks=tasks)
+
+        await update(self.store, VM, task.spec.object.id, change)
+
+    async def end(self, id: str, state: TaskState) -> None:
+        await update(
+            self.store,
+            Task,
+            id,
+            lambda t: msgspec.structs.replace(
+                t, status=msgspec.structs.replace(t.status, state=state)
+            ),
+        )
+
+    async def put(self, ref: str, state: VMState, power: Power, tasks: tuple[str, ...] = ()) -> VM:
+        """Puts a VM into a state, whatever came before."""
+        vm = await self.vm(ref)
+        wanted = msgspec.structs.replace(
+            vm,
+            spec=msgspec.structs.replace(vm.spec, power=power),
+            status=msgspec.structs.replace(vm.status, state=state),
+            tasks=tasks,
+        )
+        await self.store.transact(Transaction(puts=[Put(wanted)]))
+        return wanted
+
+    async def image(
+        self,
+        name: str,
+        *,
+        state: ImageState = ImageState.READY,
+        defaults: ImageDefaults | None = None,
+        **content: Any,
+    ) -> Image:
+        """An image, made long ago."""
+        content.setdefault("disk", "disk.qcow2")
+        content.setdefault("virtual_size", 1 << 30)
+        image = Image(
+            meta=Meta(id=new_id("image"), name=name, created=1.0),
+            spec=ImageSpec(source=ImageSourceKind.BUILD, value=name),
+            status=ImageStatus(
+                state=state,
+                digest="ab" * 32,
+                content=ImageContent(defaults=defaults or ImageDefaults(), **content)
+                if state is not ImageState.PENDING
+                else None,
+            ),
+        )
+        await self.store.transact(
+            Transaction(puts=[Put(image)], claims=[Claim(scope("image"), name, image.meta.id)])
+        )
+        return image
+
+    async def all(self, kind: type[Record]) -> list[Any]:
+        return [item.record for item in (await self.store.list(kind)).items]
+
+    async def check_invariants(self) -> None:
+        """Whatever was asked, and whatever went wrong, this holds."""
+        vms: list[VM] = await self.all(VM)
+        volumes: list[Volume] = await self.all(Volume)
+        tasks: dict[str, Task] = {task.meta.id: task for task in await self.all(Task)}
+        assert len({vm.meta.name for vm in vms}) == len(vms)
+        assert len({volume.meta.name for volume in volumes}) == len(volumes)
+        ids = {vm.meta.id for vm in vms}
+        for vm in vms:
+            name = scope("vm", vm.meta.project)
+            assert await self.store.resolve(name, vm.meta.name) == vm.meta.id
+            assert len(set(vm.tasks)) == len(vm.tasks)
+            for id in vm.tasks:
+                assert tasks[id].spec.object.id == vm.meta.id
+                assert not tasks[id].status.state.final
+            for port in vm.spec.ports:
+                for forward in port.forwards:
+                    held = f"{forward.protocol}/{forward.host_port}"
+                    assert forward.host_port
+                    assert await self.store.resolve(f"port/{HOST}", held) == vm.meta.id
+        for volume in volumes:
+            assert await self.store.resolve(scope("volume"), volume.meta.name) == volume.meta.id
+            assert volume.spec.vm in ids
+            (owner,) = (vm for vm in vms if vm.meta.id == volume.spec.vm)
+            assert volume.meta.id in {disk.volume for disk in owner.spec.disks}
+            assert volume.meta.name == f"{owner.meta.name}-boot"
+        queued = {id for vm in vms for id in vm.tasks}
+        for task in tasks.values():
+            if task.spec.object.kind == "vm" and not task.status.state.final:
+                assert task.meta.id in queued, "nobody will ever see to this task"
+
+
+def holding(*privileges: str) -> Caller:
+    """Somebody with these privileges and no others."""
+    return Caller("somebody", frozenset(privileges))
