@@ -150,20 +150,23 @@ async def fetch_text(url: str, options: FetchOptions | None = None) -> str:
 
 def sweep_downloads(directory: Path, older_than: float) -> None:
     """Removes downloads that nobody has worked on since then (seconds since 1970)."""
-    for state in directory.glob("*.json"):
+    for path in directory.glob("*"):
         with contextlib.suppress(OSError):
-            if not state.with_suffix(".part").exists() and state.stat().st_mtime < older_than:
-                state.unlink()
-    for path in directory.glob("*.part"):
-        with contextlib.suppress(OSError):
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.fstat(fd).st_mtime < older_than:
-                    path.with_suffix(".json").unlink(missing_ok=True)
-                    path.unlink()
-            finally:
-                os.close(fd)
+            if path.suffix == ".part":
+                _sweep_idle(path, older_than)
+            elif not path.with_suffix(".part").exists() and path.lstat().st_mtime < older_than:
+                path.unlink()
+
+
+def _sweep_idle(path: Path, older_than: float) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(fd).st_mtime < older_than:
+            for other in path.parent.glob(f"{path.stem}.*"):
+                other.unlink()
+    finally:
+        os.close(fd)
 
 
 class _Patience:
