@@ -50,9 +50,9 @@ class Parser(argparse.ArgumentParser):
     """Reads the words after a command's name."""
 
     def __init__(self, words: str) -> None:
-        super().__init__(
-            prog=f"croft {words}", add_help=False, allow_abbrev=False, argument_default=None
-        )
+        prog = f"croft {words}"
+        # A usage of its own: argparse would make one at every call, with imports of 8 ms.
+        super().__init__(prog=prog, usage=prog, add_help=False, allow_abbrev=False)
         self.words = words
 
     def error(self, message: str) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -13,6 +14,7 @@ from undercroft.cli.registry import ALIASES, COMMANDS, ELSEWHERE, NOUNS, load, r
 def main(argv: list[str] | None = None) -> int:
     """Runs croft; returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    gc.set_threshold(100_000)  # a listing is many objects, and no garbage
     try:
         if argv in (["--version"], ["-V"]):  # nothing else is needed for it
             from undercroft import __version__

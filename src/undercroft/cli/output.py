@@ -120,28 +120,43 @@ class Table:
         self._right = [name.startswith(">") for name in columns]
         self._names = [name.lstrip(">") for name in columns]
         self._state = self._names.index(state) if state in self._names else -1
-        self._rows: list[list[str]] = []
+        self._rows: list[tuple[str, ...]] = []
 
     def add(self, *cells: str) -> None:
         """Adds a row."""
-        clean = self._style.clean
-        self._rows.append([clean(cell) for cell in cells])
+        if not "".join(cells).isprintable():
+            cells = tuple(self._style.clean(cell) for cell in cells)
+        self._rows.append(cells)
 
     def render(self) -> str:
         """The whole table, with a line break at the end; columns without content are left out."""
-        filled = [i for i in range(len(self._names)) if i == 0 or any(row[i] for row in self._rows)]
-        rows = [[row[i] or "-" for i in filled] for row in self._rows]
+        columns: list[tuple[str, ...]] = list(zip(*self._rows, strict=True))
+        filled = [i for i, cells in enumerate(columns) if i == 0 or any(cells)]
         names = [self._names[i] for i in filled]
         right = [self._right[i] for i in filled]
         state = filled.index(self._state) if self._state in filled else -1
+        shown = [[cell or "-" for cell in columns[i]] for i in filled]
         widths = [
-            max([display_width(names[i]), *(display_width(row[i]) for row in rows)])
-            for i in range(len(names))
+            max(display_width(name), *map(display_width, cells))
+            for name, cells in zip(names, shown, strict=True)
         ]
-        self._fit(widths, names)
-        lines = [self._style.paint(_line(names, widths, right), "bold")]
-        for row in rows:
-            lines.append(_line(row, widths, right, state, self._style))
+        narrow = widths.copy()
+        self._fit(narrow, names)
+        padded = [
+            _pad(cells, width, right[i], narrow[i] < widths[i])
+            for i, (cells, width) in enumerate(zip(shown, narrow, strict=True))
+        ]
+        if state >= 0 and self._style.color:
+            painted = {text: self._style.state(text.rstrip()) for text in set(padded[state])}
+            padded[state] = [
+                painted[text] + " " * (len(text) - len(text.rstrip())) for text in padded[state]
+            ]
+        head = GAP.join(
+            _pad([name], width, right[i], True)[0]
+            for i, (name, width) in enumerate(zip(names, narrow, strict=True))
+        )
+        lines = [self._style.paint(head.rstrip(), "bold")]
+        lines += [GAP.join(cells).rstrip() for cells in zip(*padded, strict=True)]
         return "\n".join(lines) + "\n"
 
     def _fit(self, widths: list[int], names: list[str]) -> None:
@@ -158,21 +173,17 @@ class Table:
             widths[widest] = max(least, widths[widest] - (sum(widths) - room))
 
 
-def _line(
-    cells: list[str],
-    widths: list[int],
-    right: list[bool],
-    state: int = -1,
-    style: Style | None = None,
-) -> str:
-    parts = []
-    for i, cell in enumerate(cells):
-        text = shorten(cell, widths[i])
-        pad = " " * (widths[i] - display_width(text))
-        if i == state and style is not None:
-            text = style.state(text)
-        parts.append(pad + text if right[i] else text + pad)
-    return GAP.join(parts).rstrip()
+def _pad(cells: Sequence[str], width: int, right: bool, cut: bool) -> list[str]:
+    """The cells, all of one width; ``cut``: some may be too long."""
+    if cut:
+        cells = [shorten(cell, width) for cell in cells]
+    if all(map(str.isascii, cells)):
+        return [cell.rjust(width) if right else cell.ljust(width) for cell in cells]
+    found = []
+    for cell in cells:
+        pad = " " * (width - display_width(cell))
+        found.append(pad + cell if right else cell + pad)
+    return found
 
 
 def fields(style: Style, pairs: Sequence[tuple[str, str]]) -> str:

@@ -96,23 +96,26 @@ class Ls(Command):
         from undercroft.cli.output import size as text
 
         images = image_names(croft)
+        sizes: dict[int, str] = {}
         now = time.time()
         table = Table(
             croft.out,
             ("NAME", "STATE", ">CPUS", ">MEMORY", "IMAGE", "ADDRESS", "PORTS", "UPTIME"),
         )
         for vm in vms:
-            started = dig(vm, "status.instance.started")
-            image = dig(vm, "spec.image", "")
+            spec, status = vm["spec"], vm["status"]
+            memory, image, instance = spec["memory"], spec["image"], status["instance"]
+            if memory not in sizes:
+                sizes[memory] = text(memory)
             table.add(
-                dig(vm, "meta.name", ""),
-                dig(vm, "status.state", ""),
-                str(dig(vm, "spec.cpus", "")),
-                text(dig(vm, "spec.memory")),
-                images.get(image, image),
-                ", ".join(dig(vm, "status.addresses", ())[:2]),
-                ", ".join(port_text(croft, f) for f in forwards(vm)),
-                "" if started is None else ago(now - started),
+                vm["meta"]["name"],
+                status["state"],
+                str(spec["cpus"]),
+                sizes[memory],
+                images.get(image, image) if image else "",
+                ", ".join(status["addresses"][:2]),
+                ", ".join([port_text(croft, f) for p in spec["ports"] for f in p["forwards"]]),
+                ago(now - instance["started"]) if instance else "",
             )
         return table.render()
 
