@@ -116,9 +116,20 @@ def _check_port(port: Port) -> None:
             raise InvalidError(f"{forward.host_address[:40]!r} is not an IPv4 address") from None
 
 
+def check_user(name: str) -> str:
+    """Returns a valid user name (useradd(8)) unchanged.
+
+    Raises:
+        InvalidError: not one.
+    """
+    if _USER.fullmatch(name) is None:
+        raise InvalidError(f"{name[:40]!r} is not a user name")
+    return name
+
+
 def _check_guest(guest: Guest) -> None:
-    if guest.user is not None and _USER.fullmatch(guest.user) is None:
-        raise InvalidError(f"{guest.user[:40]!r} is not a user name")
+    if guest.user is not None:
+        check_user(guest.user)
     if guest.hostname is not None:
         labels = guest.hostname.split(".")
         if len(guest.hostname) > 253 or not all(

@@ -70,6 +70,7 @@ NEEDED: list[tuple[str, str, Call]] = [
     ),
     ("image.create", "upload", upload),
     ("image.view", "image get", lambda w, c: w.operations.images.get(c, "debian")),
+    ("image.view", "catalogue", lambda w, c: w.operations.images.catalogue(c)),
     ("image.view", "image list", lambda w, c: w.operations.images.list(c)),
     ("image.remove", "image remove", lambda w, c: w.operations.images.remove(c, "debian")),
     ("volume.view", "volume list", lambda w, c: w.operations.volumes.list(c)),

@@ -28,6 +28,7 @@ from undercroft.operations.access import SYSTEM, Caller
 from undercroft.operations.context import Context, scope
 from undercroft.operations.core import Operations
 from undercroft.operations.services import ByteStream, ConsoleSession
+from undercroft.storage.catalogue import CatalogueEntry
 from undercroft.store.interface import Claim, Put, Store, Transaction, update
 
 HOST = "host-0000000000000000"
@@ -96,6 +97,9 @@ class Services:
     async def check(self, repair: bool) -> CheckReport:
         self.calls.append(("check", repair))
         return CheckReport()
+
+    async def catalogue(self) -> dict[str, CatalogueEntry]:
+        return {}
 
     def upload_path(self, name: str) -> Path:
         return self._tmp / f"upload-{new_id('image').removeprefix('img-')}"
