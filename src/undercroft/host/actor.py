@@ -30,6 +30,8 @@ from undercroft.store.interface import Delete, Put, Release
 
 log = structlog.get_logger(__name__)
 
+RETRY_ADOPTION = 10.0  # seconds between two tries to reach a machine that does not answer
+
 Extra = Callable[[VM], tuple[list[Put], list[Delete], list[Release]]]
 
 
@@ -55,6 +57,8 @@ class VMActor:
         self.environment = environment
         self.id = id
         self.machine: QemuMachine | None = None
+        self.unreachable = False
+        self._busy = False
         self._verbs = verbs
         self._exit: asyncio.Task[ExitReport] | None = None
         self._wake = asyncio.Event()
@@ -87,6 +91,11 @@ class VMActor:
         """Whether the VM is gone and the actor with it."""
         return self._ended
 
+    @property
+    def accounts_for_process(self) -> bool:
+        """Whether a process of this VM is known, or may just be coming or going."""
+        return self.machine is not None or self.unreachable or self._busy
+
     async def close(self) -> None:
         """Lets go of the VM, which runs on."""
         if self._loop_task is not None:
@@ -104,7 +113,9 @@ class VMActor:
         pause = 0.0
         while not self._ended:
             try:
+                self._busy = False
                 await self._wait(pause)
+                self._busy = True
                 pause = await self._step()
             except UndercroftError as error:
                 log.error("actor failed", vm=self.id, code=error.code, error=error.message)
@@ -112,6 +123,39 @@ class VMActor:
             except Exception:
                 log.exception("actor failed", vm=self.id)
                 pause = 5.0
+
+    async def adopt(self, vm: VM) -> None:
+        """Takes over the machine that an earlier daemon started, if it still runs.
+
+        One that runs but whose monitor does not answer is left alone and tried again: it may only
+        be waiting for a slow disk.
+        """
+        environment = self.environment
+        try:
+            machine = await QemuMachine.adopt(
+                vm.status.instance,
+                environment.run_directory(self.id),
+                environment.vm_directory(self.id),
+                on_event=self.on_event,
+            )
+        except UndercroftError as error:
+            log.warning("does not answer", vm=vm.meta.name, error=error.message)
+            self.unreachable = True
+            return
+        self.unreachable = False
+        if machine is None:
+            return
+        self.take(machine)
+        instance = machine.instance
+        log.info("adopted", vm=vm.meta.name, pid=instance.pid)
+
+        def change(record: VM) -> VM:
+            record = change_status(record, instance=instance)
+            if record.status.state in (VMState.REMOVING, VMState.STOPPING, VMState.CREATING):
+                return record
+            return change_status(record, state=self.present_state(record), message=None)
+
+        await write(environment, VM, self.id, change)
 
     async def _wait(self, pause: float) -> None:
         """Waits until woken; if ``pause`` is positive, at most that many seconds."""
@@ -131,6 +175,10 @@ class VMActor:
                 self._observer.close()
                 return 0.0
             vm = found.record
+            if self.unreachable:
+                await self.adopt(vm)
+                if self.unreachable:
+                    return RETRY_ADOPTION
             if not vm.tasks or (self._exit is not None and self._exit.done()):
                 pause = await self._reconcile(vm)
                 if not vm.tasks:

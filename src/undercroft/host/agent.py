@@ -18,16 +18,16 @@ from undercroft.host.check import check_host
 from undercroft.host.environment import Environment
 from undercroft.host.housekeeping import keep_house
 from undercroft.host.images import ImageWorker
-from undercroft.host.outcome import change_status, final_status, write
+from undercroft.host.outcome import final_status
 from undercroft.host.services import LocalHost
 from undercroft.host.verbs import VM_VERBS
-from undercroft.hypervisor.machine import QemuMachine, RunState
+from undercroft.hypervisor.machine import QemuMachine
 from undercroft.model.base import Record
 from undercroft.model.errors import CompactedError, UndercroftError
 from undercroft.model.image import Image
 from undercroft.model.requests import CheckReport
 from undercroft.model.task import Task
-from undercroft.model.vm import VM, VMState
+from undercroft.model.vm import VM
 from undercroft.store.interface import Change, Put, Transaction
 
 log = structlog.get_logger(__name__)
@@ -56,8 +56,7 @@ class HostAgent:
         vms = await self.environment.store.list(VM)
         known = {item.record.meta.id: item.record for item in vms.items}
         await asyncio.gather(*(self._adopt(vm) for vm in known.values()))
-        owned = {actor.machine.instance.pid for actor in self._actors.values() if actor.machine}
-        await orphans.end_orphans(self.environment, owned)
+        await orphans.end_orphans(self.environment, self._owned())
         images = await self.environment.store.list(Image)
         for image in images.items:
             self._image_worker(image.record)
@@ -85,36 +84,17 @@ class HostAgent:
 
     async def check(self, repair: bool) -> CheckReport:
         """Looks for what a crash left behind."""
-        owned = {a.machine.instance.pid for a in self._actors.values() if a.machine}
-        return await check_host(self.environment, owned, repair)
+        return await check_host(self.environment, self._owned(), repair)
 
     # -- start-up ---------------------------------------------------------------------------
 
     async def _adopt(self, vm: VM) -> None:
         actor = self._actors[vm.meta.id] = VMActor(self.environment, vm.meta.id, VM_VERBS)
-        instance = vm.status.instance or orphans.recorded_instance(self.environment, vm.meta.id)
-        if instance is None:
-            return
-        machine = await QemuMachine.adopt(
-            instance,
-            self.environment.run_directory(vm.meta.id),
-            self.environment.vm_directory(vm.meta.id),
-            on_event=actor.on_event,
-        )
-        if machine is None:
-            return
-        actor.take(machine)
-        log.info("adopted", vm=vm.meta.name, pid=instance.pid)
-        state = _STATES.get(machine.run_state)
+        await actor.adopt(vm)
 
-        def change(record: VM) -> VM:
-            if record.status.state in (VMState.REMOVING, VMState.STOPPING):
-                return change_status(record, instance=instance)
-            return change_status(
-                record, instance=instance, state=state or record.status.state, message=None
-            )
-
-        await write(self.environment, VM, vm.meta.id, change)
+    def _owned(self) -> set[str]:
+        """The VMs whose processes are accounted for."""
+        return {id for id, actor in self._actors.items() if actor.accounts_for_process}
 
     async def _end_ownerless_tasks(self, vms: dict[str, VM], images: set[str]) -> None:
         """A task whose object is gone, or no longer lists it, cannot be carried out by anybody."""
@@ -189,10 +169,3 @@ class HostAgent:
             self._actors[target.id].cancel_task(task.meta.id)
         elif target.kind == Image.kind and target.id in self._images:
             self._images[target.id].cancel_task(task.meta.id)
-
-
-_STATES = {
-    RunState.RUNNING: VMState.RUNNING,
-    RunState.PAUSED: VMState.PAUSED,
-    RunState.IO_ERROR: VMState.PAUSED,
-}

@@ -27,8 +27,9 @@ from undercroft.store.interface import Claim, Delete, Release, Transaction
 GRACE = 3600.0  # seconds that a file in DATA/tmp may be older than and still be in use
 
 
-async def check_host(environment: Environment, owned: set[int], repair: bool) -> CheckReport:
-    """Compares, and with ``repair`` puts right what can be. ``owned``: pids accounted for."""
+async def check_host(environment: Environment, owned: set[str], repair: bool) -> CheckReport:
+    """Compares, and with ``repair`` puts right what can be. ``owned``: ids of the VMs whose
+    processes are accounted for."""
     store = environment.store
     vms = {i.record.meta.id: i.record for i in (await store.list(VM)).items}
     volumes = {i.record.meta.id: i.record for i in (await store.list(Volume)).items}
@@ -48,12 +49,8 @@ async def check_host(environment: Environment, owned: set[int], repair: bool) ->
     )
 
 
-def _processes(environment: Environment, owned: set[int], repair: bool) -> Iterator[CheckFinding]:
-    strays = {
-        pid: vm
-        for pid, vm in orphans.marked_processes(environment.data).items()
-        if pid not in owned
-    }
+def _processes(environment: Environment, owned: set[str], repair: bool) -> Iterator[CheckFinding]:
+    strays = orphans.strays(environment.data, owned)
     ended = set(orphans.end_processes(environment.data, set(strays))) if repair else set()
     for pid, vm in strays.items():
         yield CheckFinding(

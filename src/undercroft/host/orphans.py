@@ -1,7 +1,7 @@
 """QEMU processes that a crash of the daemon left without an owner.
 
-Every emulator works in its VM's directory; one that belongs to this data directory and that no
-VM's record accounts for is ended.
+Every emulator is marked with its VM's directory; one that belongs to this data directory and that
+no VM's record accounts for is ended.
 """
 
 from __future__ import annotations
@@ -12,49 +12,42 @@ import select
 import signal
 from pathlib import Path
 
-import msgspec
 import structlog
 
 from undercroft.host.environment import Environment
-from undercroft.model.vm import Instance
+from undercroft.hypervisor.process import MARK
 
 log = structlog.get_logger(__name__)
 
 PROGRAMS = ("qemu-system-", "swtpm")
-INSTANCE_FILE = "instance.json"
 PATIENCE = 5.0  # seconds to wait for a killed process to be gone
 
 
-def recorded_instance(environment: Environment, vm: str) -> Instance | None:
-    """What was written down beside the sockets when QEMU was started, in case the daemon died
-    before it could tell the store."""
-    try:
-        data = (environment.run_directory(vm) / INSTANCE_FILE).read_bytes()
-        return msgspec.json.decode(data, type=Instance)
-    except (OSError, msgspec.MsgspecError):
-        return None
-
-
 def marked_processes(data: Path) -> dict[int, str]:
-    """Living emulators that belong to this data directory, by pid, with the id of their VM.
-
-    They are known by their working directory, DATA/vms/ID, which they cannot lose by accident.
-    """
-    home = str(data.resolve() / "vms")
+    """Living emulators that belong to this data directory, by pid, with the id of their VM."""
+    home = data.resolve() / "vms"
     found: dict[int, str] = {}
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
             continue
         try:
-            where = os.readlink(f"/proc/{entry}/cwd").removesuffix(" (deleted)")
-            if os.path.dirname(where) != home:
-                continue
             program = os.path.basename(os.readlink(f"/proc/{entry}/exe"))
-            if program.startswith(PROGRAMS) and _lives(entry):
-                found[int(entry)] = os.path.basename(where)
+            if not program.startswith(PROGRAMS):
+                continue
+            directory = _marked(entry)
+            if directory is not None and directory.parent.resolve() == home and _lives(entry):
+                found[int(entry)] = directory.name
         except OSError:
             continue
     return found
+
+
+def _marked(pid: str) -> Path | None:
+    prefix = f"{MARK}=".encode()
+    for variable in Path("/proc", pid, "environ").read_bytes().split(b"\0"):
+        if variable.startswith(prefix):
+            return Path(os.fsdecode(variable.removeprefix(prefix)))
+    return None
 
 
 def _lives(pid: str) -> bool:
@@ -62,11 +55,16 @@ def _lives(pid: str) -> bool:
     return state not in "ZX"
 
 
-async def end_orphans(environment: Environment, owned: set[int]) -> list[int]:
+def strays(data: Path, owned: set[str]) -> dict[int, str]:
+    """The emulators of this data directory whose VMs (ids) nobody accounts for."""
+    return {pid: vm for pid, vm in marked_processes(data).items() if vm not in owned}
+
+
+async def end_orphans(environment: Environment, owned: set[str]) -> list[int]:
     """Kills the emulators of this data directory that nobody owns; returns their pids."""
 
     def end() -> list[int]:
-        return end_processes(environment.data, set(marked_processes(environment.data)) - owned)
+        return end_processes(environment.data, set(strays(environment.data, owned)))
 
     return await asyncio.to_thread(end)
 

@@ -81,6 +81,7 @@ def launch(plan: MachinePlan, line: CommandLine, firmware: FirmwareFiles | None)
                     pass_fds=tuple(numbers.values()),
                     output=theirs,
                     directory=Path("/"),
+                    mark=plan.directory,
                     uid=plan.uid,
                     gid=plan.gid,
                 )

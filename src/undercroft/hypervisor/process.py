@@ -19,7 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ExitStatus", "Process", "boot_id", "spawn"]
+__all__ = ["MARK", "ExitStatus", "Process", "boot_id", "spawn"]
+
+MARK = "UNDERCROFT_VM"
+"""Environment variable that tells, of every process started here, the directory of its VM; so that
+one whose starter died before writing anything down can still be found (``/proc/PID/environ``)."""
+
 
 _UNPRIVILEGED_UMASK = 0o077
 
@@ -191,11 +196,12 @@ def spawn(
     pass_fds: Sequence[int],
     output: int,
     directory: Path,
+    mark: str,
     uid: int | None = None,
     gid: int | None = None,
 ) -> Process:
     """Starts a program that goes on when we die: in a session of its own, with nothing of ours
-    but ``pass_fds`` and ``output`` (its stdout and stderr), under an empty umask-wise private
+    but ``mark`` (see `MARK`), ``pass_fds`` and ``output`` (its stdout and stderr), under a private
     file mode, without core dumps. ``uid`` and ``gid``: whom to run as, without any other group.
 
     Blocks until the program is running. Raises OSError if it cannot be executed.
@@ -210,7 +216,7 @@ def spawn(
         stderr=output,
         pass_fds=pass_fds,
         cwd=directory,
-        env=_environment(),
+        env={**_environment(), MARK: mark},
         start_new_session=True,
         umask=_UNPRIVILEGED_UMASK,
         **identity,

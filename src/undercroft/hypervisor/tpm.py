@@ -73,6 +73,7 @@ def start_tpm(plan: MachinePlan, output: int) -> tuple[socket.socket, Process]:
             ],
             pass_fds=(theirs.fileno(), directory),
             output=output,
+            mark=plan.directory,
             directory=Path("/"),
             uid=plan.uid,
             gid=plan.gid,
