@@ -11,9 +11,10 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Annotated, Any
 
+import msgspec
 from litestar import Response, WebSocket, get, websocket
 from litestar.openapi.datastructures import ResponseSpec
-from litestar.params import QueryParameter
+from litestar.params import FromPath, QueryParameter
 
 from undercroft.api.answers import AnyRequest, caller, errors, operations
 from undercroft.api.problems import (
@@ -35,7 +36,7 @@ Write = Callable[[bytes], Awaitable[None]]
 
 @websocket("/v1/vms/{ref:str}/console")
 async def console(
-    socket: AnySocket, ref: str, scrollback: Annotated[int | None, SCROLLBACK] = None
+    socket: AnySocket, ref: FromPath[str], scrollback: Annotated[int | None, SCROLLBACK] = None
 ) -> None:
     """The serial console."""
 
@@ -47,7 +48,7 @@ async def console(
 
 
 @websocket("/v1/vms/{ref:str}/vnc")
-async def vnc(socket: AnySocket, ref: str) -> None:
+async def vnc(socket: AnySocket, ref: FromPath[str]) -> None:
     """The display, as RFB (RFC 6143)."""
 
     async def attach() -> tuple[AsyncIterator[bytes], Write, Callable[[], Awaitable[None]]]:
@@ -186,7 +187,7 @@ _UPGRADE = {
     responses=_UPGRADE,
 )
 async def console_page(
-    request: AnyRequest, ref: str, scrollback: Annotated[int | None, SCROLLBACK] = None
+    request: AnyRequest, ref: FromPath[str], scrollback: Annotated[int | None, SCROLLBACK] = None
 ) -> Response[bytes]:
     """Binary messages carry what the console prints and what is typed. Begins with the last
     `scrollback` bytes of output."""
@@ -201,13 +202,13 @@ async def console_page(
     status_code=426,
     responses=_UPGRADE,
 )
-async def vnc_page(request: AnyRequest, ref: str) -> Response[bytes]:
+async def vnc_page(request: AnyRequest, ref: FromPath[str]) -> Response[bytes]:
     """Binary messages carry RFB (RFC 6143), as noVNC wants it."""
     return _answer_upgrade(_needs_upgrade("display"))
 
 
 def _answer_upgrade(error: UndercroftError) -> Response[bytes]:
-    problem = error.problem()
+    problem = msgspec.structs.replace(error.problem(), status=426, title="Upgrade required")
     return Response(
         content=problem_body(problem),
         status_code=426,

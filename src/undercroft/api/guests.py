@@ -7,11 +7,11 @@ from typing import Annotated
 
 import msgspec
 from litestar import Controller, Response, get, post, put
-from litestar.params import QueryParameter
-from litestar.response import Stream
+from litestar.params import FromPath, JSONBody, QueryParameter
+from litestar.response.base import ASGIResponse
 
 from undercroft.api.answers import AnyRequest, caller, errors, operations
-from undercroft.api.streams import begin
+from undercroft.api.streams import Streaming, begin
 from undercroft.model.errors import InvalidError
 from undercroft.model.requests import ExecRequest, ExecResult
 
@@ -48,7 +48,7 @@ class GuestController(Controller):
         responses=errors(404, 409, 413, 501, 502, 504),
     )
     async def exec_in_vm(
-        self, request: AnyRequest, ref: str, data: ExecRequest
+        self, request: AnyRequest, ref: FromPath[str], data: JSONBody[ExecRequest]
     ) -> Response[ExecResult]:
         """Runs a program through the guest agent and waits for its end. Input and output are
         base64."""
@@ -62,10 +62,12 @@ class GuestController(Controller):
         media_type="application/octet-stream",
         responses=errors(404, 409, 501, 502, 504),
     )
-    async def read_file(self, request: AnyRequest, ref: str, path: Annotated[str, PATH]) -> Stream:
+    async def read_file(
+        self, request: AnyRequest, ref: FromPath[str], path: Annotated[str, PATH]
+    ) -> ASGIResponse:
         """The file's content, as a stream."""
         content = await operations(request).vms.read_file(caller(request), ref, path)
-        return Stream(await begin(content), media_type="application/octet-stream")
+        return Streaming(await begin(content), "application/octet-stream")
 
     @put(
         "/files",
@@ -77,7 +79,7 @@ class GuestController(Controller):
     async def write_file(
         self,
         request: AnyRequest,
-        ref: str,
+        ref: FromPath[str],
         path: Annotated[str, PATH],
         mode: Annotated[str | None, MODE] = None,
     ) -> Response[Written]:
@@ -94,7 +96,7 @@ class GuestController(Controller):
         media_type="image/png",
         responses=errors(404, 409, 501, 502),
     )
-    async def screenshot(self, request: AnyRequest, ref: str) -> Response[bytes]:
+    async def screenshot(self, request: AnyRequest, ref: FromPath[str]) -> Response[bytes]:
         """The display as PNG."""
         png = await operations(request).vms.screenshot(caller(request), ref)
         return Response(content=png, media_type="image/png", headers={"cache-control": "no-store"})
@@ -107,13 +109,13 @@ class GuestController(Controller):
         responses=errors(404),
     )
     async def log(
-        self, request: AnyRequest, ref: str, bytes: Annotated[int | None, BYTES] = None
+        self, request: AnyRequest, ref: FromPath[str], bytes: Annotated[int | None, BYTES] = None
     ) -> Response[bytes]:
         """The end of the console's output, also of a VM that is stopped. As the guest wrote it: it
         need not be valid UTF-8."""
         limit = DEFAULT_LOG if bytes is None else bytes
         text = await operations(request).vms.log(caller(request), ref, limit)
-        return Response(content=text, media_type="text/plain; charset=utf-8")
+        return Response(content=text, media_type="text/plain")
 
 
 async def body_pieces(request: AnyRequest) -> AsyncIterator[bytes]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from litestar import Controller, Response, get, post
+from litestar.params import FromPath, JSONBody
 
 from undercroft.api.answers import (
     CURSOR,
@@ -54,7 +55,7 @@ class HostController(Controller):
         return answer_listing(request, Host, listing, query)
 
     @get("/{ref:str}", operation_id="getHost", summary="Show a host", responses=errors(304, 404))
-    async def get_host(self, request: AnyRequest, ref: str) -> Response[Host]:
+    async def get_host(self, request: AnyRequest, ref: FromPath[str]) -> Response[Host]:
         """The host with this name or id; `self` is the one that answers."""
         return answer_record(request, await operations(request).hosts.get(caller(request), ref))
 
@@ -66,7 +67,7 @@ class HostController(Controller):
         responses=errors(),
     )
     async def check_host(
-        self, request: AnyRequest, data: CheckRequest | None = None
+        self, request: AnyRequest, data: JSONBody[CheckRequest | None] = None
     ) -> Response[CheckReport]:
         """Compares processes, files and records; with `repair` puts right what does not fit."""
         repair = data is not None and data.repair

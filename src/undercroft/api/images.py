@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from litestar import Controller, Response, delete, get, post
-from litestar.params import QueryParameter
+from litestar.params import FromPath, JSONBody, QueryParameter
 
 from undercroft.api.answers import (
     CURSOR,
@@ -75,7 +75,9 @@ class ImageController(Controller):
         status_code=202,
         responses=errors(409, 413, 501, 507),
     )
-    async def create_image(self, request: AnyRequest, data: ImageCreate) -> Response[Task]:
+    async def create_image(
+        self, request: AnyRequest, data: JSONBody[ImageCreate]
+    ) -> Response[Task]:
         """From packages, a file of the daemon's host, an address, or the catalogue."""
         return answer_task(await operations(request).images.create(caller(request), data))
 
@@ -127,7 +129,7 @@ class ImageController(Controller):
         summary="Show an image",
         responses=errors(304, 404),
     )
-    async def get_image(self, request: AnyRequest, ref: str) -> Response[Image]:
+    async def get_image(self, request: AnyRequest, ref: FromPath[str]) -> Response[Image]:
         """The image with this name or id."""
         return answer_record(request, await operations(request).images.get(caller(request), ref))
 
@@ -139,7 +141,7 @@ class ImageController(Controller):
         responses=errors(404, 409),
     )
     async def remove_image(
-        self, request: AnyRequest, ref: str, force: Annotated[bool, FORCE] = False
+        self, request: AnyRequest, ref: FromPath[str], force: Annotated[bool, FORCE] = False
     ) -> Response[Task]:
         """Removes an image that no VM is made from. `force`: also while it is being made."""
         task = await operations(request).images.remove(caller(request), ref, force=force)

@@ -91,6 +91,8 @@ def _from_validation(error: ValidationException) -> InvalidError:
         return InvalidError(error.detail.split("?", maxsplit=1)[0][:500])
     first = found[0]
     key, message = first.get("key", "?"), str(first.get("message", "is wrong"))
+    if key == "data" or message == "'data'":
+        return InvalidError("the request has no body", action="send a JSON object")
     return InvalidError(f"parameter {key}: {message[:1].lower()}{message[1:]}", parameter=key)
 
 

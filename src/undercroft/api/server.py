@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import os
 import socket
 import ssl
@@ -99,6 +100,8 @@ class ApiServer:
             UnavailableError: the TCP address cannot be listened on.
         """
         self._config.load()
+        # The gate logs what fails, in our own words.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         try:
             await self._start_unix()
             if self._listen is not None:

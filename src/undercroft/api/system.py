@@ -60,4 +60,4 @@ async def metrics(request: AnyRequest) -> Response[bytes]:
     text = await render_metrics(
         operations(request), caller(request), request.app.state["statistics"]
     )
-    return Response(content=text, media_type="text/plain; version=0.0.4; charset=utf-8")
+    return Response(content=text, media_type="text/plain; version=0.0.4")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from litestar import Controller, Response, get, post
-from litestar.params import QueryParameter
+from litestar.params import FromPath, QueryParameter
 
 from undercroft.api.answers import (
     CURSOR,
@@ -61,7 +61,7 @@ class TaskController(Controller):
         responses=errors(304, 404),
     )
     async def get_task(
-        self, request: AnyRequest, id: str, wait: Annotated[float | None, WAIT] = None
+        self, request: AnyRequest, id: FromPath[str], wait: Annotated[float | None, WAIT] = None
     ) -> Response[Task]:
         """The task as it is; with `wait`, as it is once it is final."""
         tasks, who = operations(request).tasks, caller(request)
@@ -81,6 +81,6 @@ class TaskController(Controller):
         status_code=200,
         responses=errors(404, 409),
     )
-    async def cancel_task(self, request: AnyRequest, id: str) -> Response[Task]:
+    async def cancel_task(self, request: AnyRequest, id: FromPath[str]) -> Response[Task]:
         """Asks it to stop. What cannot be undone any more is finished instead."""
         return answer_record(request, await operations(request).tasks.cancel(caller(request), id))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from litestar import Controller, Response, delete, get, patch, post
+from litestar.params import FromPath, JSONBody
 
 from undercroft.api.answers import (
     CURSOR,
@@ -58,13 +59,13 @@ class VMController(Controller):
         status_code=202,
         responses=errors(404, 409, 413, 501, 507),
     )
-    async def create_vm(self, request: AnyRequest, data: VMCreate) -> Response[Task]:
+    async def create_vm(self, request: AnyRequest, data: JSONBody[VMCreate]) -> Response[Task]:
         """Makes a VM from an image, or with an empty disk; starts it if asked to. The task's
         `spec.object` names it."""
         return answer_task(await operations(request).vms.create(caller(request), data))
 
     @get("/{ref:str}", operation_id="getVM", summary="Show a VM", responses=errors(304, 404))
-    async def get_vm(self, request: AnyRequest, ref: str) -> Response[VM]:
+    async def get_vm(self, request: AnyRequest, ref: FromPath[str]) -> Response[VM]:
         """The VM with this name or id. Its ETag is the revision that last wrote it."""
         return answer_record(request, await operations(request).vms.get(caller(request), ref))
 
@@ -77,8 +78,8 @@ class VMController(Controller):
     async def change_vm(
         self,
         request: AnyRequest,
-        ref: str,
-        data: VMChange,
+        ref: FromPath[str],
+        data: JSONBody[VMChange],
         if_match: Annotated[str | None, IF_MATCH] = None,
     ) -> Response[VM]:
         """Changes what a VM should be; its shape (CPUs, memory, …) at the next start."""
@@ -95,7 +96,7 @@ class VMController(Controller):
         responses=errors(404, 409),
     )
     async def remove_vm(
-        self, request: AnyRequest, ref: str, force: Annotated[bool, FORCE] = False
+        self, request: AnyRequest, ref: FromPath[str], force: Annotated[bool, FORCE] = False
     ) -> Response[Task]:
         """Removes a VM with its disks. `force`: also if it runs."""
         task = await operations(request).vms.remove(caller(request), ref, force=force)
@@ -108,7 +109,7 @@ class VMController(Controller):
         status_code=202,
         responses=errors(404, 409, 501),
     )
-    async def start_vm(self, request: AnyRequest, ref: str) -> Response[Task]:
+    async def start_vm(self, request: AnyRequest, ref: FromPath[str]) -> Response[Task]:
         """Switches it on; one that is suspended goes on where it was."""
         return answer_task(await operations(request).vms.start(caller(request), ref))
 
@@ -120,7 +121,7 @@ class VMController(Controller):
         responses=errors(404, 409),
     )
     async def stop_vm(
-        self, request: AnyRequest, ref: str, data: StopRequest | None = None
+        self, request: AnyRequest, ref: FromPath[str], data: JSONBody[StopRequest | None] = None
     ) -> Response[Task]:
         """Asks the guest to shut down, and switches off after a time; at once with `force`."""
         task = await operations(request).vms.stop(caller(request), ref, data or StopRequest())
@@ -134,7 +135,7 @@ class VMController(Controller):
         responses=errors(404, 409),
     )
     async def restart_vm(
-        self, request: AnyRequest, ref: str, data: StopRequest | None = None
+        self, request: AnyRequest, ref: FromPath[str], data: JSONBody[StopRequest | None] = None
     ) -> Response[Task]:
         """Stops it, and starts it with what was changed meanwhile."""
         task = await operations(request).vms.restart(caller(request), ref, data or StopRequest())
@@ -147,7 +148,7 @@ class VMController(Controller):
         status_code=202,
         responses=errors(404, 409),
     )
-    async def reset_vm(self, request: AnyRequest, ref: str) -> Response[Task]:
+    async def reset_vm(self, request: AnyRequest, ref: FromPath[str]) -> Response[Task]:
         """Presses the reset button."""
         return answer_task(await operations(request).vms.reset(caller(request), ref))
 
@@ -158,7 +159,7 @@ class VMController(Controller):
         status_code=202,
         responses=errors(404, 409),
     )
-    async def pause_vm(self, request: AnyRequest, ref: str) -> Response[Task]:
+    async def pause_vm(self, request: AnyRequest, ref: FromPath[str]) -> Response[Task]:
         """Holds its CPUs; its memory stays where it is."""
         return answer_task(await operations(request).vms.pause(caller(request), ref))
 
@@ -169,7 +170,7 @@ class VMController(Controller):
         status_code=202,
         responses=errors(404, 409),
     )
-    async def resume_vm(self, request: AnyRequest, ref: str) -> Response[Task]:
+    async def resume_vm(self, request: AnyRequest, ref: FromPath[str]) -> Response[Task]:
         """Goes on after pause or suspend."""
         return answer_task(await operations(request).vms.resume(caller(request), ref))
 
@@ -180,6 +181,6 @@ class VMController(Controller):
         status_code=202,
         responses=errors(404, 409, 507),
     )
-    async def suspend_vm(self, request: AnyRequest, ref: str) -> Response[Task]:
+    async def suspend_vm(self, request: AnyRequest, ref: FromPath[str]) -> Response[Task]:
         """Writes its memory to disk and ends it."""
         return answer_task(await operations(request).vms.suspend(caller(request), ref))

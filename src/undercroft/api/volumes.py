@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from litestar import Controller, Response, get
+from litestar.params import FromPath
 
 from undercroft.api.answers import (
     CURSOR,
@@ -51,6 +52,6 @@ class VolumeController(Controller):
         summary="Show a volume",
         responses=errors(304, 404),
     )
-    async def get_volume(self, request: AnyRequest, ref: str) -> Response[Volume]:
+    async def get_volume(self, request: AnyRequest, ref: FromPath[str]) -> Response[Volume]:
         """The volume with this name or id."""
         return answer_record(request, await operations(request).volumes.get(caller(request), ref))

