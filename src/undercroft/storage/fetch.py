@@ -47,6 +47,7 @@ _PIECE = 256 * KiB
 _TEXT_LIMIT = 4 * MiB
 _SLOWEST = 1 * KiB  # bytes per second; slower is as good as stuck
 _WORTH = 1 * MiB  # an attempt that brought this much was no failure
+_SAVE_EVERY = 5.0  # seconds
 _LONGEST_WAIT = 60.0  # seconds between two attempts, whatever the server asks for
 _RANGE = re.compile(r"bytes (?:(\d{1,18})-(\d{1,18})|\*)/(\d{1,18}|\*)")
 
@@ -55,7 +56,7 @@ _RANGE = re.compile(r"bytes (?:(\d{1,18})-(\d{1,18})|\*)/(\d{1,18}|\*)")
 class FetchOptions:
     """How to download. ``max_size`` in bytes. ``attempts``: how many may fail in a row, with
     ``backoff`` seconds after the first and twice as many after each further. What has come is made
-    durable every ``checkpoint`` bytes."""
+    durable every ``checkpoint`` bytes, and every few seconds."""
 
     checksum: Checksum | None = None
     max_size: int = 256 * GiB
@@ -358,8 +359,8 @@ class _Download:
         """Writes the body behind what is there."""
         self._check_size(self._state.total or 0)
         require_space(self._what, self.path.parent, (self._state.total or self._at) - self._at)
-        durable = self._at
-        since, received = time.monotonic(), 0
+        durable, saved = self._at, time.monotonic()
+        since, received = saved, 0
         try:
             while piece := answer.read(_PIECE):
                 self._check_size(self._at + len(piece))
@@ -367,15 +368,15 @@ class _Download:
                 self._at += len(piece)
                 received += len(piece)
                 self._report()
-                if self._at - durable >= self._options.checkpoint:
+                now = time.monotonic()
+                if self._at - durable >= self._options.checkpoint or now - saved > _SAVE_EVERY:
                     require_space(self._what, self.path.parent, 0)
                     self._save()
-                    durable = self._at
-                elapsed = time.monotonic() - since
-                if elapsed > self._options.http.answer:
-                    if received < _SLOWEST * elapsed:
+                    durable, saved = self._at, now
+                if now - since > self._options.http.answer:
+                    if received < _SLOWEST * (now - since):
                         raise Temporary(f"less than {_SLOWEST} bytes per second come")
-                    since, received = time.monotonic(), 0
+                    since, received = now, 0
             expected = self._state.total if end is None else end + 1
             if expected is not None and self._at < expected:
                 raise Temporary(
