@@ -79,14 +79,17 @@ def _full(path: Path) -> NoSpaceError:
 def _settle(half: Path, path: Path) -> None:
     """Makes a finished file durable under its name."""
     half.chmod(0o600)
-    for target in (half, path.parent):
-        if target is path.parent:
-            half.rename(path)
-        handle = os.open(target, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    _sync(half)
+    half.rename(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 async def volume_info(path: Path) -> VolumeInfo:
