@@ -3,6 +3,7 @@ against libvirt with as many domains."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from pathlib import Path
@@ -12,7 +13,10 @@ from bench.figures import Figure, Section, Series, Unit, alternate
 from bench.installation import installation
 from bench.processes import memory, timed
 from bench.processes import run as execute
+from undercroft.hypervisor.commandline import command_line
+from undercroft.hypervisor.emulator import find_emulator
 from undercroft.hypervisor.plan import MachinePlan, PlanPort
+from undercroft.model.vm import Display
 
 _COUNT = 1000
 _LIST = 0.120  # seconds
@@ -60,13 +64,12 @@ def _domains(names: list[str]) -> list[str]:
         uuid="",
         directory="/",
         run_directory="/",
+        display=Display.STD,
         memory=512 << 20,
         ports=(PlanPort(mac="52:54:00:01:00:00"),),
     )
-    return [
-        libvirt.domain_xml(plan, "/usr/bin/qemu-system-x86_64", name, Path("/none"))
-        for name in names
-    ]
+    line = command_line(plan, asyncio.run(find_emulator(plan.arch)))
+    return [libvirt.domain_xml(plan, line, name, Path("/none")) for name in names]
 
 
 def _section(

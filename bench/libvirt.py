@@ -13,11 +13,13 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
-from xml.sax.saxutils import escape
+from xml.sax.saxutils import escape, quoteattr
 
 from bench.console import Listener
 from bench.processes import clean_environment, die_with_parent, run
+from undercroft.hypervisor.commandline import CommandLine
 from undercroft.hypervisor.plan import MachinePlan
 
 _PACKAGES = ("libvirt-daemon", "libvirt-daemon-driver-qemu", "libvirt-clients")
@@ -195,15 +197,33 @@ def _prepare(base: Path) -> None:
         (base / file).write_text("\n".join([*kept, entry]) + "\n")
 
 
-def domain_xml(plan: MachinePlan, emulator: str, name: str, serial: Path) -> str:
-    """A plan as a libvirt domain: the same board, kernel and devices at the same places, and
-    nothing that libvirt can be told to leave out.
+def domain_xml(plan: MachinePlan, line: CommandLine, name: str, serial: Path) -> str:
+    """A plan as a libvirt domain: the same board, kernel and devices at the same places as on its
+    command line, and nothing that libvirt can be told to leave out.
 
     The user-mode network is added as QEMU's own arguments, because libvirt 9 cannot restrict it.
     """
     machine = f"pc-q35-{plan.machine_version}" if plan.machine_version else "q35"
     tcg = plan.accelerator == "tcg"
+    network = "\n    ".join(
+        f"<qemu:arg value={quoteattr(argument)}/>"
+        for flag, value in pairwise(line.argv)
+        if flag == "-netdev" or value.startswith("virtio-net-pci,")
+        for argument in (flag, value)
+    )
     cache = "<tcg><tb-cache unit='MiB'>256</tb-cache></tcg>" if tcg else ""
+
+    def place(driver: str) -> str:
+        device = next(argument for argument in line.argv if argument.startswith(f"{driver},"))
+        found = re.search(r"\baddr=0x([0-9a-f]+)\.([0-9a-f])", device)
+        if found is None:
+            raise RuntimeError(f"{device} has no place on the bus")
+        more = " multifunction='on'" if "multifunction=on" in device else ""
+        return (
+            f"<address type='pci' domain='0' bus='0' slot='0x{found[1]}' "
+            f"function='0x{found[2]}'{more}/>"
+        )
+
     return f"""\
 <domain type='{"qemu" if tcg else "kvm"}' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
   <name>{escape(name)}</name>
@@ -223,10 +243,10 @@ def domain_xml(plan: MachinePlan, emulator: str, name: str, serial: Path) -> str
     <timer name='hpet' present='no'/>
   </clock>
   <devices>
-    <emulator>{escape(emulator)}</emulator>
-    <controller type='usb' model='qemu-xhci' ports='4'>{_place(3)}</controller>
+    <emulator>{escape(line.argv[0])}</emulator>
+    <controller type='usb' model='qemu-xhci' ports='4'>{place("qemu-xhci")}</controller>
     <input type='tablet' bus='usb'/>
-    <controller type='virtio-serial'>{_place(2, 2)}</controller>
+    <controller type='virtio-serial'>{place("virtio-serial-pci")}</controller>
     <serial type='unix'>
       <source mode='connect' path='{escape(str(serial))}'/>
       <target type='isa-serial' port='0'/>
@@ -234,23 +254,13 @@ def domain_xml(plan: MachinePlan, emulator: str, name: str, serial: Path) -> str
     <channel type='unix'>
       <target type='virtio' name='org.qemu.guest_agent.0'/>
     </channel>
-    <video><model type='vga' vram='16384'/>{_place(1)}</video>
-    <rng model='virtio'><backend model='builtin'/>{_place(2, more=True)}</rng>
-    <memballoon model='virtio' freePageReporting='on'>{_place(2, 1)}</memballoon>
+    <video><model type='vga' vram='16384'/>{place("VGA")}</video>
+    <rng model='virtio'><backend model='builtin'/>{place("virtio-rng-pci")}</rng>
+    <memballoon model='virtio' freePageReporting='on'>{place("virtio-balloon-pci")}</memballoon>
     <panic model='isa'/>
   </devices>
   <qemu:commandline>
-    <qemu:arg value='-netdev'/>
-    <qemu:arg value='user,id=net0,restrict=on'/>
-    <qemu:arg value='-device'/>
-    <qemu:arg value='virtio-net-pci,disable-legacy=on,netdev=net0,mac={plan.ports[0].mac},\
-romfile=,bus=pcie.0,addr=0x4'/>
+    {network}
   </qemu:commandline>
 </domain>
 """
-
-
-def _place(slot: int, function: int = 0, more: bool = False) -> str:
-    return f"<address type='pci' domain='0' bus='0' slot='{slot}' function='{function}'" + (
-        " multifunction='on'/>" if more else "/>"
-    )

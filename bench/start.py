@@ -138,7 +138,7 @@ def _start(ours: Installation, client: Client, phases: Phases) -> float:
 def _libvirt(stack: contextlib.ExitStack, directory: Path, by_hand: ByHand) -> libvirt.Libvirt:
     libvirt.install()
     peer = stack.enter_context(libvirt.libvirtd(directory / "libvirt"))
-    xml = libvirt.domain_xml(by_hand.plan, by_hand.line.argv[0], _VM, directory / "libvirt-serial")
+    xml = libvirt.domain_xml(by_hand.plan, by_hand.line, _VM, directory / "libvirt-serial")
     peer.define(_VM, xml)
     return peer
 
