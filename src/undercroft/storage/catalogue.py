@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from undercroft.model.checks import check_user
 from undercroft.model.errors import DataError, InvalidError, NotFoundError
 from undercroft.model.image import DiskFormat
 from undercroft.model.names import check_name
@@ -154,6 +155,8 @@ def _entry(path: Path, name: str, line: int | None, values: dict[str, Any]) -> C
             check_url(entry.checksum)
         else:
             Checksum.parse(entry.checksum)
+        if entry.user is not None:
+            check_user(entry.user)
         if not 16 * MiB <= entry.memory <= TiB:
             raise InvalidError("the memory is no sensible size")
     except InvalidError as error:

@@ -123,6 +123,7 @@ def test_an_edit_counts_at_once(tmp_path: Path) -> None:
         ('\n\n["mine:1"]\n', r"entry 'mine:1' \(line 3\).*url"),
         (ENTRY + "speed = 1\n", r"entry 'mine:1' \(line 2\).*speed"),
         (ENTRY + "user = 7\n", r"mine:1.*str.*user"),
+        (ENTRY + 'user = "Not A User"\n', "mine:1.*user"),
         (ENTRY + 'memory = "much"\n', "mine:1.*'much' is not a size"),
         (ENTRY + "memory = 1\n", "mine:1.*no sensible size"),
         (ENTRY + "memory = -1\n", "mine:1.*no sensible size"),
