@@ -70,7 +70,7 @@ def nvram_path(plan: MachinePlan) -> str:
     return str(PurePosixPath(plan.directory) / "nvram.fd")
 
 
-def add_board(line: Line, firmware: FirmwareFiles | None) -> None:
+def add_board(line: Line, firmware: FirmwareFiles | None, tsc_khz: int | None) -> None:
     """Adds board, accelerator, processors, memory and firmware."""
     plan = line.plan
     _add_machine(line, firmware)
@@ -88,7 +88,7 @@ def add_board(line: Line, firmware: FirmwareFiles | None) -> None:
         # The default with ACPI, SeaBIOS, starts a kernel only through option ROMs.
         line.add("-bios", "qboot.rom")
     if plan.kernel is not None:
-        _add_kernel(line, plan.kernel)
+        _add_kernel(line, plan.kernel, tsc_khz)
     elif line.x86:
         line.add("-boot", "menu=off,strict=on")
 
@@ -145,7 +145,7 @@ def _add_flash(line: Line, firmware: FirmwareFiles) -> None:
         line.add("-global", "ICH9-LPC.disable_s3=1")
 
 
-def _add_kernel(line: Line, path: str) -> None:
+def _add_kernel(line: Line, path: str, tsc_khz: int | None) -> None:
     """A kernel is read once, when QEMU starts; QEMU opens it by name, so the name is that of the
     descriptor (whose file must be readable by the uid that QEMU runs as)."""
     plan = line.plan
@@ -154,5 +154,8 @@ def _add_kernel(line: Line, path: str) -> None:
     if plan.initrd is not None:
         initrd = line.handle("initrd", HandleKind.READ, plan.initrd)
         line.add("-initrd", f"/proc/self/fd/{initrd}")
-    if plan.kernel_arguments:
-        line.add("-append", plan.kernel_arguments)
+    arguments = plan.kernel_arguments
+    if tsc_khz is not None and "tsc_early_khz=" not in arguments:
+        arguments = f"{arguments} tsc_early_khz={tsc_khz}".lstrip()
+    if arguments:
+        line.add("-append", arguments)

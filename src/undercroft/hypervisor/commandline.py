@@ -38,7 +38,7 @@ from undercroft.hypervisor.plan import MachinePlan
 from undercroft.model.errors import InvalidError
 from undercroft.model.vm import DiskBus, Display, Firmware, Machine
 
-__all__ = ["CommandLine", "command_line"]
+__all__ = ["CommandLine", "command_line", "needs_tsc"]
 
 _TOKEN = re.compile(r"@([a-z0-9.-]+)@")
 _SATA_UNITS = 6
@@ -64,10 +64,20 @@ class CommandLine:
         ]
 
 
+def needs_tsc(plan: MachinePlan) -> bool:
+    """Whether `command_line` wants to know the frequency of the host's time stamp counter."""
+    return plan.machine is Machine.MICROVM and plan.accelerator == "tcg"
+
+
 def command_line(
-    plan: MachinePlan, emulator: Emulator, firmware: FirmwareFiles | None = None
+    plan: MachinePlan,
+    emulator: Emulator,
+    firmware: FirmwareFiles | None = None,
+    *,
+    tsc_khz: int | None = None,
 ) -> CommandLine:
-    """The command line of a plan. ``firmware`` is needed for `Firmware.UEFI`.
+    """The command line of a plan. ``firmware`` is needed for `Firmware.UEFI`; ``tsc_khz`` is told
+    to the kernel of a guest that cannot find out reliably (`needs_tsc`).
 
     Raises:
         InvalidError, UnsupportedError: no such machine can be.
@@ -84,7 +94,7 @@ def command_line(
     line.add("-msg", "timestamp=on")
     # A guest that ends itself leaves QEMU paused, to be asked why before it is let go.
     line.add("-action", "shutdown=pause,panic=pause,reboot=reset")
-    add_board(line, firmware)
+    add_board(line, firmware, tsc_khz)
     line.option("-chardev", "socket", id="qmp", fd=line.listener("qmp"), server=True, wait=False)
     line.add("-mon", "chardev=qmp,mode=control")
     if plan.machine is not Machine.MICROVM and line.x86:

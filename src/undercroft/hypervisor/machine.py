@@ -17,10 +17,11 @@ import msgspec
 
 from undercroft.hypervisor import sockets
 from undercroft.hypervisor.board import machine_version
-from undercroft.hypervisor.commandline import command_line
+from undercroft.hypervisor.commandline import command_line, needs_tsc
 from undercroft.hypervisor.emulator import Emulator
 from undercroft.hypervisor.firmware import find_firmware
 from undercroft.hypervisor.guestagent import GuestAgent
+from undercroft.hypervisor.hosttsc import measure_tsc_khz
 from undercroft.hypervisor.launch import (
     Launch,
     clean_run_directory,
@@ -96,7 +97,8 @@ class QemuMachine(MachineSession):
         firmware = None
         if plan.firmware is Firmware.UEFI:
             firmware = find_firmware(plan.arch, plan.machine, secure_boot=plan.secure_boot)
-        line = command_line(plan, emulator, firmware)
+        tsc = await asyncio.to_thread(measure_tsc_khz) if needs_tsc(plan) else None
+        line = command_line(plan, emulator, firmware, tsc_khz=tsc)
         launching = asyncio.ensure_future(asyncio.to_thread(launch, plan, line, firmware))
         try:
             launched = await asyncio.shield(launching)

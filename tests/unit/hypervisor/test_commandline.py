@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.hypervisor.plans import (
@@ -19,7 +19,7 @@ from tests.unit.hypervisor.plans import (
     overlay,
     plan,
 )
-from undercroft.hypervisor.commandline import CommandLine, command_line
+from undercroft.hypervisor.commandline import CommandLine, command_line, needs_tsc
 from undercroft.hypervisor.firmware import FirmwareFiles
 from undercroft.hypervisor.line import HandleKind
 from undercroft.hypervisor.plan import (
@@ -105,7 +105,8 @@ GOLDEN: dict[str, tuple[MachinePlan, FirmwareFiles | None]] = {
 
 def built(name: str) -> CommandLine:
     wanted, firmware = GOLDEN[name]
-    return command_line(wanted, emulator(wanted.arch), firmware)
+    tsc = 2_000_000 if needs_tsc(wanted) else None
+    return command_line(wanted, emulator(wanted.arch), firmware, tsc_khz=tsc)
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -206,6 +207,7 @@ def test_text_of_the_user_is_never_taken_for_a_descriptor() -> None:
     assert [text for text in argv if text.startswith("guest=@qmp@,")]
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\n"), min_size=1))
 def test_commas_in_names_add_no_options(name: str) -> None:
     argv = command_line(plan(name=name), emulator()).argv
@@ -226,6 +228,7 @@ def places(line: CommandLine) -> dict[str, str]:
     return found
 
 
+@settings(deadline=None, max_examples=40)
 @given(
     ports=st.integers(0, 48),
     disks=st.lists(st.sampled_from([DiskBus.VIRTIO, DiskBus.NVME, DiskBus.SCSI]), max_size=96),
@@ -291,6 +294,12 @@ def test_microvm_says_what_it_lacks(changes: dict[str, Any]) -> None:
 def test_firmware_files_are_needed_for_uefi() -> None:
     with pytest.raises(UndercroftError):
         command_line(from_disk(firmware=Firmware.UEFI), emulator())
+
+
+def test_user_knows_better_what_the_counter_does() -> None:
+    wanted = plan(machine=Machine.MICROVM, kernel_arguments="quiet tsc_early_khz=5")
+    argv = command_line(wanted, emulator(), tsc_khz=7).argv
+    assert argv[argv.index("-append") + 1] == "quiet tsc_early_khz=5"
 
 
 def test_board_version_is_pinned_or_that_of_qemu() -> None:
