@@ -4,7 +4,8 @@ anything is known of them."""
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import os
+import pwd
 import socket
 import struct
 import time
@@ -23,7 +24,7 @@ MAX_HEAD = 64 << 10  # bytes of a request's line and headers together
 HEAD_TIME = 30.0  # seconds until they must have arrived
 MAX_REMOTE = 512  # connections over TCP at a time
 _SO_PEERGROUPS = 59  # Linux 4.13, include/uapi/asm-generic/socket.h
-_MAX_GROUPS = 65536  # NGROUPS_MAX
+_MAX_OPTION = 1024  # bytes that Python lets an option have: 256 groups
 
 
 class Peer(NamedTuple):
@@ -39,11 +40,21 @@ def peer_of(connection: socket.socket) -> Peer:
     """Who is on the other end of a unix socket. Raises OSError."""
     data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
     pid, uid, gid = struct.unpack("3i", data)
-    groups: tuple[int, ...] = ()
-    with contextlib.suppress(OSError):  # too old a kernel: the primary group has to do
-        raw = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * _MAX_GROUPS)
+    uid, gid = uid & 0xFFFFFFFF, gid & 0xFFFFFFFF
+    try:
+        raw = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _MAX_OPTION)
         groups = struct.unpack(f"{len(raw) // 4}I", raw)
-    return Peer(pid, uid & 0xFFFFFFFF, gid & 0xFFFFFFFF, groups)
+    except OSError:  # more groups than fit, or a kernel that is too old
+        groups = _groups_of(uid, gid)
+    return Peer(pid, uid, gid, groups)
+
+
+def _groups_of(uid: int, gid: int) -> tuple[int, ...]:
+    """The groups that a user has by the user database, rather than those of the process."""
+    try:
+        return tuple(os.getgrouplist(pwd.getpwuid(uid).pw_name, gid))
+    except (KeyError, OSError):
+        return (gid,)
 
 
 class ApiState(ServerState):
