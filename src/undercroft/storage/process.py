@@ -30,7 +30,6 @@ Progress = Callable[[float, str], None]
 """Called with the fraction done (0 to 1) and what is being done; must not block."""
 
 _KEEP = 64 * 1024  # of what a program says on stderr
-_KEEP_OUTPUT = 16 * 1024 * 1024  # of what it says on stdout
 _GRACE = 5.0  # seconds between SIGTERM and SIGKILL
 # Sysadmin programs (mke2fs, mkfs.vfat) live where an ordinary user's PATH does not look.
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -115,8 +114,9 @@ async def run(
     identity: Identity | None = None,
     on_line: Callable[[str], None] | None = None,
     on_output: Callable[[bytes], None] | None = None,
+    output_limit: int = 16 << 20,
 ) -> bytes:
-    """Runs a program to its end and returns what it wrote to stdout (at most 16 MiB).
+    """Runs a program to its end; returns what it wrote to stdout, at most ``output_limit`` bytes.
 
     ``env`` is added to a small fixed environment; ``timeout`` is in seconds; ``on_line`` gets each
     line of stderr as it comes, ``on_output`` what comes on stdout. With ``identity`` the program
@@ -167,7 +167,7 @@ async def run(
     try:
         async with asyncio.timeout(timeout):
             async with asyncio.TaskGroup() as group:
-                output = group.create_task(_read_all(child.stdout, on_output))
+                output = group.create_task(_read_all(child.stdout, output_limit, on_output))
                 group.create_task(_read_lines(child.stderr, said, on_line))
                 if stdin is not None:
                     group.create_task(_feed(child, stdin))
@@ -195,11 +195,11 @@ def _outcome(code: int | None) -> str:
 
 
 async def _read_all(
-    stream: asyncio.StreamReader | None, on_output: Callable[[bytes], None] | None
+    stream: asyncio.StreamReader | None, limit: int, on_output: Callable[[bytes], None] | None
 ) -> bytes:
     data = bytearray()
     while stream is not None and (chunk := await stream.read(65536)):
-        data += chunk[: max(0, _KEEP_OUTPUT - len(data))]
+        data += chunk[: max(0, limit - len(data))]
         if on_output is not None:
             on_output(chunk)
     return bytes(data)

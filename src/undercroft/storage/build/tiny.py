@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import shutil
 from importlib.resources import files
 from pathlib import Path
 
@@ -18,7 +17,9 @@ from undercroft.model.units import MiB
 from undercroft.storage.build.apt import SUITES, PrivateApt, find_sources
 from undercroft.storage.build.cpio import CpioWriter
 from undercroft.storage.build.elf import ElfError, needed
+from undercroft.storage.build.initrd import add_busybox, find_busybox
 from undercroft.storage.build.kernel import KernelModule, find_kernel, select_modules
+from undercroft.storage.build.vmlinux import write_kernel
 from undercroft.storage.process import Progress, no_progress, run, share_of
 
 __all__ = ["READY_LINE", "build_tiny"]
@@ -83,9 +84,10 @@ async def build_tiny(
     root.mkdir()
     await apt.unpack(debs, root)
     progress(0.9, "writing the initramfs")
-    busybox = _busybox(root)
+    busybox = find_busybox(root)
     applets = (await run([str(busybox), "--list-full"], timeout=30)).decode().split()
     await asyncio.to_thread(_assemble, root, busybox, applets, target)
+    await write_kernel(find_kernel(root).image, target / "kernel")
     progress(1.0, "done")
     return ImageContent(
         arch="x86_64",
@@ -101,17 +103,13 @@ async def build_tiny(
 
 def _assemble(root: Path, busybox: Path, applets: list[str], target: Path) -> None:
     kernel = find_kernel(root)
-    shutil.copyfile(kernel.image, target / "kernel")
     first = select_modules(kernel, _FIRST)
     names = {module.name for module in first}
     later = [m for m in select_modules(kernel, _LATER) if m.name not in names]
     with (target / "initrd").open("wb") as out:
         archive = CpioWriter(out)
         _add_base(archive)
-        archive.file("bin/busybox", busybox.read_bytes(), 0o755)
-        for applet in applets:
-            if applet != "bin/busybox":
-                archive.symlink(applet, "/bin/busybox")
+        add_busybox(archive, busybox, applets)
         _add_agent(archive, root)
         _add_modules(archive, "first", first)
         _add_modules(archive, "later", later)
@@ -140,13 +138,6 @@ def _add_base(archive: CpioWriter) -> None:
     archive.file("etc/shadow", b"root:*:::::::\n", 0o600)
     archive.file("etc/hosts", b"127.0.0.1 localhost\n")
     archive.symlink("var/run", "../run")
-
-
-def _busybox(root: Path) -> Path:
-    for path in (root / "usr/bin/busybox", root / "bin/busybox"):
-        if path.is_file():
-            return path
-    raise UndercroftError("the package busybox-static holds no busybox")
 
 
 def _add_agent(archive: CpioWriter, root: Path) -> None:
