@@ -43,7 +43,12 @@ from undercroft.hypervisor.state import (
     RunState,
     needs,
 )
-from undercroft.hypervisor.suspend import load_state, save_state, suspended_plan
+from undercroft.hypervisor.suspend import (
+    discard_state,
+    load_state,
+    save_state,
+    suspended_plan,
+)
 from undercroft.model.errors import (
     GuestAgentError,
     QemuStartError,
@@ -124,9 +129,20 @@ class QemuMachine(MachineSession):
         self._watcher = asyncio.create_task(self._watch())
         await self._connect(launched.connections["qmp"], _START_TIMEOUT)
         if self.plan.incoming is not None:
-            await load_state(self._monitor, Path(self.plan.incoming))
-            await self._monitor.execute("cont")
+            state = Path(self.plan.incoming)
+            await load_state(self._monitor, state)
+            going = asyncio.ensure_future(self._let_go(state))
+            try:
+                await asyncio.shield(going)
+            except asyncio.CancelledError:
+                await going  # too late: the state is only in this QEMU now
         await self._learn_state()
+
+    async def _let_go(self, state: Path) -> None:
+        """Lets a loaded guest go on. It will change its disks, so its state must be gone for good
+        before: to load it once more, after whatever crash, would destroy what is on them."""
+        await asyncio.to_thread(discard_state, state)
+        await self._monitor.execute("cont")
 
     @classmethod
     async def adopt(

@@ -52,9 +52,12 @@ def suspended_plan(path: Path) -> MachinePlan:
 
 
 def discard_state(path: Path) -> None:
-    """Removes a suspended state and whatever an interrupted suspend left."""
+    """Removes a suspended state, durably, and whatever an interrupted suspend left."""
+    there = path.exists()
     for name in (path, _plan_path(path), _part_path(path)):
         name.unlink(missing_ok=True)
+    if there:
+        _sync(path.parent)
 
 
 async def save_state(
@@ -69,6 +72,11 @@ async def save_state(
         NoSpaceError, QmpError, TimeLimitError: it did not work; there is no file.
     """
     part = _part_path(path)
+    if (await monitor.execute("query-status"))["status"] == "postmigrate":
+        # A daemon died after QEMU had written everything, but before the file was there. QEMU does
+        # not migrate twice in a row; there is no file, so the guest may go on for a moment.
+        await monitor.execute("cont")
+        await monitor.execute("stop")
     try:
         await _migrate_to(monitor, part, progress)
         await asyncio.to_thread(_publish, part, path, encode_plan(plan))
@@ -90,11 +98,15 @@ def _publish(part: Path, path: Path, plan: bytes) -> None:
     with part.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(part, path)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    _sync(path.parent)
+
+
+def _sync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(directory)
+        os.fsync(descriptor)
     finally:
-        os.close(directory)
+        os.close(descriptor)
 
 
 async def _migrate_to(
