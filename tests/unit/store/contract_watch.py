@@ -14,7 +14,7 @@ from undercroft.model.vm import VM
 from undercroft.model.volume import Volume
 from undercroft.store.interface import Changes, Claim, Delete, Put, Store, Transaction, Watch
 
-GUARD = 20.0  # seconds: only so that a broken store cannot hang the tests
+GUARD = 100.0  # seconds: only so that a broken store cannot hang the tests
 
 
 async def take(watch: Watch, count: int) -> list[Changes]:
@@ -194,14 +194,21 @@ class WatchContract(Base):
             await anext(watch)
 
     async def test_closing_the_store_ends_watches(self, store: Store):
+        told = asyncio.Semaphore(0)
+
         async def count(watch: Watch) -> int:
-            return len([changes async for changes in watch])
+            found = 0
+            async for _ in watch:
+                found += 1
+                told.release()
+            return found
 
         readers = [asyncio.create_task(count(store.watch([VM], 0))) for _ in range(3)]
         await store.transact(Transaction(puts=[Put(vm())]))
-        await asyncio.sleep(0.01)
-        await store.close()
         async with asyncio.timeout(GUARD):
+            for _ in readers:
+                await told.acquire()
+            await store.close()
             assert await asyncio.gather(*readers) == [1, 1, 1]
 
     async def test_history_outlives_a_restart(self, store: Store, harness: Harness):
