@@ -260,7 +260,10 @@ def main() -> None:
         import structlog
         import uvloop
 
-        structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(20))
+        structlog.configure(
+            wrapper_class=structlog.make_filtering_bound_logger(20),
+            cache_logger_on_first_use=True,
+        )
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(serve(arguments.serve, arguments.vms))
     else:
