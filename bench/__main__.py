@@ -31,7 +31,7 @@ class Benchmark:
 
 
 BENCHMARKS = {
-    "start": Benchmark("start of a tiny VM, against QEMU by hand and libvirt", start.run, 15, 3),
+    "start": Benchmark("start of a tiny VM, against QEMU by hand and libvirt", start.run, 15, 2),
     "known": Benchmark("lists and memory with 1,000 VMs, against libvirt", known.run, 31, 5),
     "api": Benchmark("the API on one core", inside.api, 5, 1),
     "store": Benchmark("the store, against the same SQL by hand", inside.store, 3, 1),

@@ -40,7 +40,7 @@ class ByHand:
         plan = read_plan(run_directory)
         line = command_line(plan, asyncio.run(find_emulator(plan.arch)))
         running = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:-1]
-        if not _same(line, [argument.decode() for argument in running]):
+        if not same_line(line, [argument.decode() for argument in running]):
             raise RuntimeError(f"the QEMU with pid {pid} has another command line than its plan")
         return cls(plan, line, directory)
 
@@ -75,7 +75,7 @@ class ByHand:
                 process.wait()
 
 
-def _same(line: CommandLine, running: list[str]) -> bool:
+def same_line(line: CommandLine, running: list[str]) -> bool:
     """Whether a running QEMU's arguments are those of the line, whatever its descriptors are."""
     if len(running) != len(line.argv):
         return False

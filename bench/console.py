@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Self
 
-LIMIT = 120.0  # seconds until a guest must be up
+LIMIT = 300.0  # seconds until a guest must be up
 
 
 class Listener:

@@ -32,6 +32,15 @@ def api(directory: Path, runs: int) -> list[Section]:
             series("hello_per_second"),
         ),
         Figure(
+            "GET of one VM, by the server's processor time (what a core gives that has "
+            "nothing else to do)",
+            "",
+            series("get_per_cpu_second"),
+            Unit.RATE,
+            None,
+            series("hello_per_cpu_second"),
+        ),
+        Figure(
             "list of 1,000 VMs, complete",
             f"≤ {_LIST * 1000:.0f} ms",
             lists,

@@ -31,7 +31,8 @@ def run(directory: Path, runs: int) -> list[Section]:
         ours.stop_daemon()
         names = ours.know(_COUNT)
         ours.start_daemon()
-        sides = {"ours": lambda: timed(ours.command("ls"))}
+        cpu: dict[str, list[float]] = {"ours": [], "libvirt": []}
+        sides = {"ours": lambda: timed(ours.command("ls"), cpu["ours"])}
         missing = ""
         peer: libvirt.Libvirt | None = None
         try:
@@ -39,16 +40,17 @@ def run(directory: Path, runs: int) -> list[Section]:
             peer = stack.enter_context(libvirt.libvirtd(directory / "libvirt", _domains(names)))
             command = peer.virsh("list", "--all")
             _expect(execute(command), names)
-            sides["libvirt"] = lambda: timed(command)
+            sides["libvirt"] = lambda: timed(command, cpu["libvirt"])
         except libvirt.Unavailable as error:
             missing = str(error)
         _expect(execute(ours.command("ls")), names)
         sides["version"] = lambda: timed(ours.command("--version"))
         found = alternate(runs, sides)
+        processor = {name: Series(tuple(values)) for name, values in cpu.items() if values}
         time.sleep(1.0)  # whatever was begun for the last request is over
         ours_memory = memory(ours.pid)
         peer_memory = None if peer is None else memory(peer.pid)
-    return [_section(found, ours_memory, peer_memory, missing)]
+    return [_section(found, processor, ours_memory, peer_memory, missing)]
 
 
 def _expect(output: bytes, names: list[str]) -> None:
@@ -74,6 +76,7 @@ def _domains(names: list[str]) -> list[str]:
 
 def _section(
     found: dict[str, Series],
+    cpu: dict[str, Series],
     ours: tuple[int, int],
     peer: tuple[int, int] | None,
     missing: str,
@@ -92,7 +95,15 @@ def _section(
             found.get("libvirt"),
         ),
         Figure(
-            "of that, Python's own start (`croft --version`)",
+            "of that, processor time of the command itself",
+            "",
+            cpu["ours"],
+            Unit.SECONDS,
+            None,
+            cpu.get("libvirt"),
+        ),
+        Figure(
+            "a command that does nothing (`croft --version`)",
             "",
             found["version"],
             Unit.SECONDS,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import resource
 import signal
 import subprocess
 import time
@@ -113,11 +114,16 @@ def run(argv: Sequence[str], timeout: float = 120.0) -> bytes:
     return done.stdout
 
 
-def timed(argv: Sequence[str]) -> float:
-    """Seconds that a program takes from exec to exit."""
+def timed(argv: Sequence[str], cpu: list[float] | None = None) -> float:
+    """Seconds from exec to exit of a program; its processor seconds are added to ``cpu``."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     began = time.perf_counter()
     run(argv)
-    return time.perf_counter() - began
+    took = time.perf_counter() - began
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if cpu is not None:
+        cpu.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return took
 
 
 @contextlib.contextmanager
