@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.system.built_images import built
+from undercroft.storage.build.debian import build_debian
 from undercroft.storage.build.tiny import build_tiny
 
 
@@ -17,3 +18,9 @@ def tiny_image_dir() -> Path:
     return built(
         "tiny", build_tiny, ["linux-image-cloud-amd64", "busybox-static", "qemu-guest-agent"]
     )
+
+
+@pytest.fixture(scope="session")
+def debian_image_dir() -> Path:
+    """A directory with the files of ``debian:12``: ``disk.qcow2``, ``kernel`` and ``initrd``."""
+    return built("debian12", build_debian, ["linux-image-amd64", "systemd", "cloud-init"])

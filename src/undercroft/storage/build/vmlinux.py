@@ -55,7 +55,7 @@ def _payload(image: Path) -> bytes | None:
 
 async def _unpack(payload: bytes) -> bytes | None:
     """The payload, if it can be unpacked to the size that its last four bytes tell."""
-    (size,) = struct.unpack_from("<I", payload, len(payload) - 4)
+    size = int.from_bytes(payload[-4:], "little")
     if not 0 < size <= _LIMIT:
         return None
     program = _COMMANDS.get(payload[:4])

@@ -36,12 +36,17 @@ chroot "$root" grub-mkimage --format=i386-pc --output=/boot/grub/core.img \
 	biosdisk part_gpt ext2 normal configfile linux search search_label \
 	serial terminal test echo ls cat boot reboot halt minicmd
 
-# --- Network: whatever cloud-init is told, by systemd-networkd; nothing else speaks ---
+# --- Network: DHCP on every adapter, by systemd-networkd; nothing else speaks ---
+# cloud-init starts Python at each of its stages, which costs seconds without hardware
+# virtualization. The one before the network would only write what is written here already.
+chroot "$root" systemctl --quiet mask cloud-init-local.service
 write etc/cloud/cloud.cfg.d/10_undercroft.cfg <<'END'
 datasource_list: [ NoCloud, None ]
 datasource:
   NoCloud:
     fs_label: cidata
+network:
+  config: disabled
 manage_etc_hosts: true
 locale: C.UTF-8
 ssh_genkeytypes: [ ed25519, ecdsa ]
@@ -86,7 +91,6 @@ cloud_final_modules:
  - final-message
  - power-state-change
 END
-# Without a seed cloud-init does not run, and this is the network.
 write etc/systemd/network/90-default.network <<'END'
 [Match]
 Name=en* eth*
