@@ -131,13 +131,14 @@ class Table:
     def render(self) -> str:
         """The whole table, with a line break at the end; columns without content are left out."""
         columns: list[tuple[str, ...]] = list(zip(*self._rows, strict=True))
+        columns = columns or [()] * len(self._names)
         filled = [i for i, cells in enumerate(columns) if i == 0 or any(cells)]
         names = [self._names[i] for i in filled]
         right = [self._right[i] for i in filled]
         state = filled.index(self._state) if self._state in filled else -1
         shown = [[cell or "-" for cell in columns[i]] for i in filled]
         widths = [
-            max(display_width(name), *map(display_width, cells))
+            max(map(display_width, [name, *cells]))
             for name, cells in zip(names, shown, strict=True)
         ]
         narrow = widths.copy()

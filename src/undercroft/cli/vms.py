@@ -60,8 +60,9 @@ class Ls(Command):
             "--sort",
             metavar="FIELD",
             default="meta.name",
-            help="order: name (default), created, -created, or any field",
+            help="order: name (default), created, or any field",
         )
+        parser.add_argument("-r", "--reverse", action="store_true", help="the other way round")
 
     def run(self, croft: Croft, args: Namespace) -> int:
         terms = [args.filter] if args.filter else []
@@ -70,10 +71,10 @@ class Ls(Command):
         if args.state:
             terms.append(f"status.state=={args.state}")
         terms += [f"meta.labels.{key}=={value}" for key, value in args.label]
-        sort = {"name": "meta.name", "created": "meta.created", "-created": "-meta.created"}
+        sort = {"name": "meta.name", "created": "meta.created"}.get(args.sort, args.sort)
         params: dict[str, object] = {
             "filter": ",".join(terms) or None,
-            "sort": sort.get(args.sort, args.sort),
+            "sort": f"-{sort}" if args.reverse else sort,
         }
         if croft.json:
             croft.print_json(list(croft.api.list("/v1/vms", params)))
