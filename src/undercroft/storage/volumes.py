@@ -31,8 +31,8 @@ class VolumeInfo(Model, frozen=True, kw_only=True):
 async def create_volume(
     path: Path, size: int, *, base: tuple[Path, str] | None = None, tmp: Path
 ) -> None:
-    """Makes a volume of ``size`` bytes at ``path``: made in ``tmp``, then moved, so that it is there
-    whole or not at all.
+    """Makes a volume of ``size`` bytes at ``path``; made in ``tmp`` and then moved, so that it is
+    there whole or not at all.
 
     ``base`` is an image's disk and its format, which the volume overlays. Its name in the header is
     for people only: QEMU is told the chain, and never follows the header.
