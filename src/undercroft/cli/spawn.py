@@ -122,14 +122,12 @@ def _held(path: str) -> bool:
 
 def _spawn(croft: Croft, log: str) -> subprocess.Popen[bytes]:
     """The daemon, in a session of its own, with nothing of ours but the environment."""
-    command = [sys.executable, *(["-I"] if sys.flags.isolated else []), "-m", "undercroft.cli"]
-    command += ["daemon", "--data", croft.data]
     environ = {k: v for k, v in croft.environ.items() if not k.startswith("CROFT_")}
     environ |= {k: v for k, v in croft.environ.items() if k == "CROFT_DEBUG"}
     try:
         with open(log, "ab", opener=lambda p, flags: os.open(p, flags, 0o640)) as output:
             return subprocess.Popen(
-                command,
+                daemon_command(croft.data),
                 cwd="/",
                 env=environ,
                 stdin=subprocess.DEVNULL,
@@ -142,6 +140,12 @@ def _spawn(croft: Croft, log: str) -> subprocess.Popen[bytes]:
         raise DaemonError(
             f"the daemon could not be started: {error.strerror}", action=f"see {log}"
         ) from None
+
+
+def daemon_command(data: str) -> list[str]:
+    """What runs the daemon of a data directory, out of this very installation."""
+    python = [sys.executable, *(["-I"] if sys.flags.isolated else [])]
+    return [*python, "-m", "undercroft.cli", "daemon", "--data", data]
 
 
 def _wait(

@@ -33,7 +33,7 @@ def ready(api):
     return api
 
 
-def sent(api) -> dict:
+def sent(api):
     return api.sent("POST", "/v1/vms")[0].json
 
 

@@ -1,6 +1,7 @@
 """Listing, showing, changing and switching VMs."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -128,7 +129,7 @@ def test_several_at_once_and_one_refusal(croft, api):
     done_at = {}
     states = {"task-a": "running", "task-b": "running"}
 
-    def look(id):
+    def look(id: str) -> Any:
         def answer(call):
             states[id] = "succeeded"
             done_at[id] = len(api.calls)
