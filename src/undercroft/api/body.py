@@ -7,10 +7,7 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 import msgspec
-from litestar._openapi.schema_generation import SchemaCreator
 from litestar.dto import AbstractDTO, DTOFieldDefinition
-from litestar.dto._backend import DTOBackend
-from litestar.openapi.spec import Reference, Schema
 from litestar.typing import FieldDefinition
 
 from undercroft.model.errors import InvalidError
@@ -42,16 +39,9 @@ class StrictJSON(AbstractDTO[Any]):
         cls,
         field_definition: FieldDefinition,
         handler_id: str,
-        backend_cls: type[DTOBackend] | None = None,
+        backend_cls: Any = None,
     ) -> None:
         """Needs no preparation."""
-
-    @classmethod
-    def create_openapi_schema(
-        cls, field_definition: FieldDefinition, handler_id: str, schema_creator: SchemaCreator
-    ) -> Reference | Schema:
-        """The type itself."""
-        return schema_creator.for_field_definition(field_definition)
 
     @classmethod
     def generate_field_definitions(

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, cast
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from uvicorn.server import ServerState
 
 from undercroft.api.problems import MEDIA_TYPE, problem_body
@@ -174,7 +173,3 @@ class ApiProtocol(HttpToolsProtocol):
             b"connection: close\r\n\r\n%b" % (status, MEDIA_TYPE.encode(), len(body), body)
         )
         self.transport.close()
-
-
-class ApiWebSocketProtocol(WebSocketsSansIOProtocol):
-    """WebSockets by uvicorn, on connections that began as `ApiProtocol`."""

@@ -18,12 +18,13 @@ from pathlib import Path
 
 import structlog
 import uvicorn
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from undercroft.api.app import create_app
 from undercroft.api.certificate import Certificate, ensure_certificate, server_context
 from undercroft.api.gate import Gate, Identification, group_id
 from undercroft.api.hot import HotReads
-from undercroft.api.peers import ApiProtocol, ApiState, ApiWebSocketProtocol
+from undercroft.api.peers import ApiProtocol, ApiState
 from undercroft.api.statistics import Statistics
 from undercroft.api.tokens import TokenFile
 from undercroft.model.errors import (
@@ -39,6 +40,7 @@ from undercroft.store.datadir import DataDirectory
 BACKLOG = 512
 GRACE = 0.3  # seconds for streams and consoles to say goodbye
 PATIENCE = 2.0  # seconds for requests under way
+HANDSHAKE = 15.0  # seconds for TLS
 KEEP_ALIVE = 75  # seconds that an idle connection stays open
 MAX_MESSAGE = 1 << 20  # bytes of a WebSocket's message
 _SUN_PATH_MAX = 107  # sizeof(sun_path) - 1, unix(7)
@@ -74,7 +76,7 @@ class ApiServer:
             gate,
             interface="asgi3",
             http=ApiProtocol,
-            ws=ApiWebSocketProtocol,
+            ws=WebSocketsSansIOProtocol,
             ws_max_size=MAX_MESSAGE,
             ws_ping_interval=30.0,
             ws_ping_timeout=60.0,
@@ -159,7 +161,12 @@ class ApiServer:
         loop = asyncio.get_running_loop()
         try:
             server = await loop.create_server(
-                self._protocol, host or None, port, ssl=context, backlog=BACKLOG
+                self._protocol,
+                host or None,
+                port,
+                ssl=context,
+                ssl_handshake_timeout=HANDSHAKE,
+                backlog=BACKLOG,
             )
         except OSError as error:
             raise UnavailableError(

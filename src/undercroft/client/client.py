@@ -24,7 +24,7 @@ from undercroft.model.event import Event
 from undercroft.model.host import Host
 from undercroft.model.image import Image
 from undercroft.model.requests import CheckReport, VersionInfo
-from undercroft.model.task import Task, TaskState
+from undercroft.model.task import Task
 from undercroft.model.vm import VM
 from undercroft.model.volume import Volume
 
@@ -177,10 +177,6 @@ class TasksClient(Noun[Task]):
                     _check_deadline(task, deadline)
             except CompactedError:
                 continue
-
-    def failed(self, task: Task) -> bool:
-        """Whether a task is final without success."""
-        return task.status.state in (TaskState.FAILED, TaskState.CANCELLED)
 
 
 def _check_deadline(task: Task, deadline: float | None) -> None:

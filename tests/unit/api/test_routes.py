@@ -3,7 +3,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import resource
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from undercroft.model.errors import (
     AlreadyExistsError,
     GuestAgentError,
     InvalidError,
+    NoSpaceError,
     NotFoundError,
     StaleError,
     TooLargeError,
@@ -459,3 +462,37 @@ async def test_a_reference_may_hold_anything(world: World) -> None:
             await ask(world, lambda c, ref=ref: c.vms.get(ref))  # type: ignore[misc]
     with pytest.raises(NotFoundError):
         await ask(world, lambda c: c.vms.get(new_id("vm")))
+
+
+async def test_an_image_that_does_not_fit_is_refused(world: World) -> None:
+    """A limit on the size of files stands for the full disk: the kernel answers alike."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16 << 20, before[1]))
+    try:
+        content = (bytes(1 << 20) for _ in range(24))
+        with pytest.raises(NoSpaceError, match="full"):
+            await ask(world, lambda c: c.images.upload(content, name="large"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(world.host.tmp.iterdir()) == []
+    assert (await world.operations.images.list(SYSTEM)).items == []
+
+
+async def test_what_is_sent_is_not_held_in_memory(world: World) -> None:
+    def resident() -> int:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize()
+
+    before, highest = resident(), 0
+
+    def content() -> Iterator[bytes]:
+        nonlocal highest
+        piece = bytes(1 << 20)
+        for _ in range(150):
+            highest = max(highest, resident())
+            yield piece
+
+    await ask(world, lambda c: c.images.upload(content(), name="large"))
+    (file,) = world.host.tmp.iterdir()
+    assert file.stat().st_size == 150 << 20
+    assert highest - before < 40 << 20
