@@ -2,10 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.unit.cli.fake_api import page, task, vm
+from tests.unit.cli.fake_api import FakeApi, page, task, vm
 from undercroft.cli.errors import UsageError
 from undercroft.cli.keys import read_key
 from undercroft.cli.ports import parse_forwards
@@ -33,7 +34,7 @@ def ready(api):
     return api
 
 
-def sent(api):
+def sent(api: FakeApi) -> Any:
     return api.sent("POST", "/v1/vms")[0].json
 
 
