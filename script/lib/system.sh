@@ -20,8 +20,10 @@ should|command swtpm_setup|swtpm_setup: virtual TPM|swtpm-tools|swtpm-tools|swtp
 should|command mmdebstrap|mmdebstrap: builds the image debian:12|mmdebstrap|mmdebstrap|mmdebstrap|mmdebstrap
 should|command newuidmap|newuidmap: builds images without root|uidmap|shadow-utils|shadow|shadow
 should|command mke2fs|mke2fs: builds images|e2fsprogs|e2fsprogs|e2fsprogs|e2fsprogs
-should|busybox|static busybox: the image tiny|busybox-static|busybox|busybox|busybox-static
-should|command cpio|cpio: the image tiny|cpio|cpio|cpio|cpio
+should|command mkfs.vfat|mkfs.vfat: builds images|dosfstools|dosfstools|dosfstools|dosfstools
+should|command mcopy|mcopy: builds images|mtools|mtools|mtools|mtools
+should|command fakeroot|fakeroot: builds images without root|fakeroot|fakeroot|fakeroot|fakeroot
+should|command lz4|lz4: kernels that boot faster|lz4|lz4|lz4|lz4
 should|command zstd|zstd: compressed images|zstd|zstd|zstd|zstd
 should|command ssh-keygen|ssh: keys for guests|openssh-client|openssh-clients|openssh|openssh-clients
 should|file /etc/ssl/certs/ca-certificates.crt /etc/ssl/ca-bundle.pem|certificates for downloads|ca-certificates|ca-certificates|ca-certificates|ca-certificates
@@ -55,10 +57,6 @@ is_there() { # is_there CHECK [ARGUMENT...]: a row's second column
     ovmf)
         is_there file /usr/share/OVMF/OVMF_CODE_4M.fd /usr/share/edk2/ovmf/OVMF_CODE.fd \
             /usr/share/edk2/x64/OVMF_CODE.4m.fd /usr/share/qemu/ovmf-x86_64-4m-code.bin
-        ;;
-    busybox)
-        path=$(command -v busybox) || return 1
-        ! grep --quiet --text --fixed-strings /ld-linux "$path" # a static one names no loader
         ;;
     esac
 }
