@@ -27,7 +27,7 @@ write boot/grub/grub.cfg <<'END'
 set timeout=0
 menuentry "Debian" {
 	search --no-floppy --label debian-root --set=root
-	linux /vmlinuz root=LABEL=debian-root ro console=tty0 console=ttyS0,115200 quiet
+	linux /vmlinuz root=LABEL=debian-root ro console=tty0 console=ttyS0,115200 no_timer_check quiet
 	initrd /initrd.img
 }
 END
