@@ -244,7 +244,7 @@ class MachineSession:
     async def wait_exit(self) -> ExitReport:
         """Waits for the end of QEMU. A guest that switched itself off or panicked is seen to:
         QEMU is ended by itself then."""
-        if self._watcher is None:
+        if self._watcher is None or self._detached:
             raise HypervisorError(f"vm {self.name} is not being watched")
         return await asyncio.shield(self._watcher)
 

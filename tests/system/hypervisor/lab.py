@@ -61,7 +61,9 @@ class Guest:
         # The mark is not in what the terminal echoes, only in what the shell makes of it.
         await self.session.write(f"{command}; echo {mark[0]}''{mark[1:]}\n".encode())
         await self.until(b"\n")
-        return (await self.until(mark.encode())).decode(errors="replace").removesuffix(mark)
+        output = (await self.until(mark.encode())).decode(errors="replace").removesuffix(mark)
+        await self.until(b"# ")
+        return output.strip()
 
     async def type(self, command: str) -> None:
         """Types a command and leaves it at that."""
@@ -146,6 +148,15 @@ async def eventually(check: Callable[[], bool | Awaitable[bool]], limit: float =
             elif await result:
                 return
             await asyncio.sleep(0.02)
+
+
+def fill(directory: Path) -> Path:
+    """Leaves no space on the file system; the file that holds it."""
+    path = directory / "filler"
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
+    return path
 
 
 def open_descriptors() -> dict[str, str]:

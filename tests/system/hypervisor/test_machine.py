@@ -23,7 +23,7 @@ async def test_life_of_a_machine(lab: Lab) -> None:
     assert machine.instance.host_boot == boot_id()
     assert machine.instance.qemu == lab.emulator.version_text
     assert machine.plan.machine_version == "{}.{}".format(*lab.emulator.version)
-    assert (await guest.run("echo $((6*7))")).strip() == "42"
+    assert await guest.run("echo $((6*7))") == "42"
     stats = await machine.stats()
     assert stats.cpu_seconds > 0
     assert stats.memory > 32 << 20
@@ -60,7 +60,7 @@ async def test_guest_that_ignores_the_power_button_can_be_ended(lab: Lab) -> Non
     await guest.machine.power_button()
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(guest.machine.wait_exit(), 3)
-    assert (await guest.run("echo still here")).strip() == "still here"
+    assert await guest.run("echo still here") == "still here"
     report = await guest.machine.quit()
     assert (report.hint, report.code) == ("quit", 0)
 
@@ -77,7 +77,7 @@ async def test_pause_and_resume_are_guarded(lab: Lab) -> None:
         await machine.power_button()
     await machine.resume()
     await eventually(lambda: machine.run_state is RunState.RUNNING)
-    assert (await guest.run("echo on")).strip() == "on"
+    assert await guest.run("echo on") == "on"
     with pytest.raises(WrongStateError):
         await machine.resume()
     await machine.kill()
@@ -97,7 +97,8 @@ async def test_reboot_from_within_is_no_end(lab: Lab) -> None:
     guest = await lab.boot()
     await guest.type("reboot -f")
     await guest.ready()
-    assert [event.kind for event in lab.events].count("reset") == 1
+    assert "reset" in [event.kind for event in lab.events]
+    assert guest.machine.run_state is RunState.RUNNING
 
 
 async def test_killed_from_outside(lab: Lab) -> None:
