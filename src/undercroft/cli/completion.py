@@ -24,8 +24,11 @@ _croft() {
     while IFS= read -r reply; do
         candidate=${reply%%$'\t'*}
         if [[ $candidate == :files ]]; then
-            compopt -o default -o filenames
-            mapfile -t -O "${#COMPREPLY[@]}" COMPREPLY < <(compgen -f -- "$cur")
+            # Not by "compopt -o filenames": that would quote the colon of VM:/PATH, too.
+            while IFS= read -r candidate; do
+                [[ -d ${candidate/#\~/$HOME} ]] && candidate+=/ && compopt -o nospace
+                COMPREPLY+=("$(printf '%q' "$candidate" | sed 's/^\\~/~/')")
+            done < <(compgen -f -- "$cur")
             continue
         fi
         [[ $candidate == */ ]] && compopt -o nospace
