@@ -9,23 +9,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 import structlog
 
-from undercroft.host import exits
+from undercroft.host import orphans
 from undercroft.host.environment import Environment
 from undercroft.host.observer import Observer
-from undercroft.host.outcome import TaskRun, change_spec, change_status, finish, write
+from undercroft.host.outcome import (
+    TaskRun,
+    change_spec,
+    change_status,
+    finish,
+    unexpected,
+    write,
+)
+from undercroft.host.upkeep import reconcile
 from undercroft.hypervisor.machine import ExitReport, MachineEvent, QemuMachine, RunState
+from undercroft.hypervisor.suspend import discard_state
 from undercroft.model.errors import CancelledTaskError, UndercroftError
 from undercroft.model.event import EventLevel
 from undercroft.model.task import Task
 from undercroft.model.vm import VM, Power, VMState
-from undercroft.operations.context import new_event
 from undercroft.store.interface import Delete, Put, Release
 
 log = structlog.get_logger(__name__)
@@ -59,12 +67,12 @@ class VMActor:
         self.machine: QemuMachine | None = None
         self.unreachable = False
         self._busy = False
-        self._verbs = verbs
+        self.verbs = verbs
         self._exit: asyncio.Task[ExitReport] | None = None
         self._wake = asyncio.Event()
         self._wake.set()
         self._running: asyncio.Task[Outcome] | None = None
-        self._running_id: str | None = None
+        self._run_now: TaskRun | None = None
         self._cancelled: set[str] = set()
         self._observer = Observer(environment, id)
         self._ended = False
@@ -82,9 +90,12 @@ class VMActor:
 
     def cancel_task(self, task_id: str) -> None:
         """Stops a task: at once if it runs, else when its turn comes."""
+        if task_id in self._cancelled:
+            return  # a second time would cut short how it puts things back
         self._cancelled.add(task_id)
-        if self._running is not None and self._running_id == task_id:
-            self._running.cancel()
+        run, running = self._run_now, self._running
+        if run is not None and running is not None and run.id == task_id and not run.committed:
+            running.cancel()
 
     @property
     def ended(self) -> bool:
@@ -131,6 +142,9 @@ class VMActor:
         be waiting for a slow disk.
         """
         environment = self.environment
+        if not (environment.run_directory(self.id) / "qmp.sock").exists():
+            self.unreachable = False
+            return
         try:
             machine = await QemuMachine.adopt(
                 vm.status.instance,
@@ -138,13 +152,17 @@ class VMActor:
                 environment.vm_directory(self.id),
                 on_event=self.on_event,
             )
-        except UndercroftError as error:
-            log.warning("does not answer", vm=vm.meta.name, error=error.message)
+        except (UndercroftError, OSError) as error:
+            log.warning("does not answer", vm=vm.meta.name, error=str(error))
             self.unreachable = True
             return
         self.unreachable = False
         if machine is None:
             return
+        if machine.run_state is RunState.INCOMING:  # its guest has not run: the saved state counts
+            await machine.quit()
+            return
+        await asyncio.to_thread(discard_state, environment.suspended_path(self.id))
         self.take(machine)
         instance = machine.instance
         log.info("adopted", vm=vm.meta.name, pid=instance.pid)
@@ -156,6 +174,23 @@ class VMActor:
             return change_status(record, state=self.present_state(record), message=None)
 
         await write(environment, VM, self.id, change)
+
+    async def _reach(self, vm: VM) -> bool:
+        """Tries again to take over a machine that did not answer; kills it if somebody waits for
+        its end by force."""
+        await self.adopt(vm)
+        for id in vm.tasks:
+            task = await self.environment.store.get(Task, id)
+            if not self.unreachable:
+                break
+            if task is None or task.record.spec.cancel:
+                continue
+            spec = task.record.spec
+            if spec.verb == "vm.remove" or spec.arguments.get("force"):
+                data = self.environment.data
+                await asyncio.to_thread(orphans.end_machine, data, self.id)
+                self.unreachable = False
+        return not self.unreachable
 
     async def _wait(self, pause: float) -> None:
         """Waits until woken; if ``pause`` is positive, at most that many seconds."""
@@ -175,12 +210,11 @@ class VMActor:
                 self._observer.close()
                 return 0.0
             vm = found.record
-            if self.unreachable:
-                await self.adopt(vm)
-                if self.unreachable:
-                    return RETRY_ADOPTION
+            self._cancelled &= set(vm.tasks)
+            if self.unreachable and not await self._reach(vm):
+                return RETRY_ADOPTION
             if not vm.tasks or (self._exit is not None and self._exit.done()):
-                pause = await self._reconcile(vm)
+                pause = await reconcile(self, vm)
                 if not vm.tasks:
                     return pause
             else:
@@ -198,30 +232,18 @@ class VMActor:
         if task.spec.cancel or task_id in self._cancelled:
             await self._cancelled_outcome(vm, run)
             return
-        verb = self._verbs.get(task.spec.verb)
+        verb = self.verbs.get(task.spec.verb)
         if verb is None:
             error = UndercroftError(f"nobody knows how to do {task.spec.verb}", object=vm.label)
             await self._failed(vm, run, error)
             return
-        self._running_id = task_id
-        self._running = asyncio.create_task(_carry_out(verb, self, vm, run), name=task.spec.verb)
         try:
-            outcome = await asyncio.shield(self._running)
-        except asyncio.CancelledError:
-            if self._running.cancelled() or task_id in self._cancelled:
-                await self._cancelled_outcome(vm, run)
-                return
-            self._running.cancel()  # the daemon is closing: the task stays for the next one
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await self._running
-            raise
-        except CancelledTaskError:
-            await self._cancelled_outcome(vm, run)
+            outcome = await self._carried_out(verb, vm, run)
         except UndercroftError as error:
-            await self._failed(vm, run, error)
-        except Exception as error:
-            log.exception("task failed", task=task_id, verb=task.spec.verb, vm=self.id)
-            await self._failed(vm, run, _unexpected(error, vm))
+            if task_id in self._cancelled and isinstance(error, CancelledTaskError):
+                await self._cancelled_outcome(vm, run)
+            else:
+                await self._failed(vm, run, error)
         else:
             await finish(
                 self.environment,
@@ -233,9 +255,40 @@ class VMActor:
                 extra=outcome.extra,
                 event=(outcome.event, outcome.message, outcome.level) if outcome.event else None,
             )
+
+    async def _carried_out(self, verb: Verb, vm: VM, run: TaskRun) -> Outcome:
+        """Runs a verb in an asyncio task of its own, which `cancel_task` can cancel alone.
+
+        Raises:
+            CancelledTaskError: it was. UndercroftError: it failed.
+            CancelledError: the daemon is closing; the task stays for the next one.
+        """
+        self._run_now = run
+        self._running = running = asyncio.create_task(
+            _carry_out(verb, self, vm, run), name=run.task.spec.verb
+        )
+        try:
+            await asyncio.wait({running})  # leaves it alone if we are cancelled ourselves
+        except asyncio.CancelledError:
+            running.cancel()
+            await asyncio.wait({running})
+            if not running.cancelled():
+                running.exception()  # seen: the next daemon begins anew
+            raise
         finally:
-            self._running = self._running_id = None
-            self._cancelled.discard(task_id)
+            self._run_now, self._running = None, None
+        try:
+            return running.result()
+        except asyncio.CancelledError:
+            if run.id in self._cancelled:
+                raise CancelledTaskError("the task was cancelled") from None
+            error: Exception = UndercroftError("it was interrupted", object=vm.label)
+        except UndercroftError:
+            raise
+        except Exception as caught:
+            error = caught
+        log.error("task failed", task=run.id, vm=self.id, exc_info=error)
+        raise unexpected(error, vm) from error
 
     async def _failed(self, vm: VM, run: TaskRun, error: UndercroftError) -> None:
         verb = run.task.spec.verb
@@ -249,14 +302,14 @@ class VMActor:
             self.id,
             run.id,
             error=error,
-            change=lambda v: self._settled(v, message=error.message),
+            change=lambda v: self._settled(v, message=error.message, verb=verb),
             event=(f"{verb}.failed", f"{vm.label}: {error.message}", EventLevel.ERROR),
         )
 
     async def _cancelled_outcome(self, vm: VM, run: TaskRun) -> None:
         verb = run.task.spec.verb
-        if verb == "vm.create" and vm.status.state is VMState.CREATING:
-            await self._undo_creation(run, cancelled=True)
+        if verb == "vm.create":
+            await self._undo_creation(run)
             return
         await finish(
             self.environment,
@@ -264,66 +317,57 @@ class VMActor:
             self.id,
             run.id,
             cancelled=True,
-            change=self._settled,
+            change=lambda v: self._settled(v, verb=verb),
             event=(f"{verb}.cancelled", f"{vm.label}: {verb} was cancelled", EventLevel.INFO),
         )
 
-    async def _undo_creation(
-        self, run: TaskRun, error: UndercroftError | None = None, cancelled: bool = False
-    ) -> None:
-        """A VM that could not be created leaves nothing behind; one that was created but would not
-        start stays, switched off."""
+    async def _undo_creation(self, run: TaskRun, error: UndercroftError | None = None) -> None:
+        """A VM that could not be created leaves nothing behind; one that was created but did not
+        start stays, switched off. Without an ``error`` it was cancelled."""
         found = await self.environment.store.get(VM, self.id)
         if found is None:
+            await write(self.environment, VM, self.id, lambda v: _without(v, run.id))
             return
-        if found.record.status.state is not VMState.CREATING:
-            label = found.record.label
-            told = f"{label} was created but did not start: {error.message if error else ''}"
+        vm = found.record
+        why = "it was cancelled" if error is None else error.message
+        level = EventLevel.INFO if error is None else EventLevel.ERROR
+        if vm.status.state is not VMState.CREATING:
             await finish(
                 self.environment,
                 VM,
                 self.id,
                 run.id,
                 error=error,
-                cancelled=cancelled,
+                cancelled=error is None,
                 change=lambda v: self._settled(v, message=error.message if error else None),
-                event=("vm.start.failed", told, EventLevel.ERROR),
+                event=("vm.start.failed", f"{vm.label} was created but not started: {why}", level),
             )
             return
-        removal = await self._verbs["vm.remove"](self, found.record, run)
-        waiting = found.record.tasks
-        message = "was cancelled" if cancelled else f"failed: {error.message if error else ''}"
+        removal = await self.verbs["vm.remove"](self, vm, run)
         await finish(
             self.environment,
             VM,
             self.id,
             run.id,
             error=error,
-            cancelled=cancelled,
+            cancelled=error is None,
             change=removal.change,
             extra=removal.extra,
-            event=(
-                "vm.create.failed",
-                f"making {found.record.label} {message}",
-                EventLevel.INFO if cancelled else EventLevel.ERROR,
-            ),
+            event=("vm.create.failed", f"{vm.label} was not created: {why}", level),
         )
-        for id in waiting:
-            if id != run.id:
-                await finish(
-                    self.environment, VM, self.id, id, cancelled=True, change=lambda v: None
-                )
 
-    def _settled(self, vm: VM, message: str | None = None) -> VM:
+    def _settled(self, vm: VM, message: str | None = None, verb: str = "") -> VM:
         """The record after something did not come about: it says what is, and if nothing else is
         waiting also wants what is, so that nothing happens behind the user's back."""
         state = self.present_state(vm)
-        vm = change_status(
-            vm,
-            state=state,
-            message=message,
-            instance=self.machine.instance if self.machine is not None else None,
-        )
+        if verb == "vm.remove":  # it is not being removed any more
+            status = msgspec.structs.replace(vm.status, state=state)
+            vm = msgspec.structs.replace(vm, status=status)
+        vm = change_status(vm, state=state, message=message)
+        if self.machine is not None:
+            vm = change_status(vm, instance=self.machine.instance)
+        else:
+            vm = change_status(vm, instance=None, addresses=(), agent=None)
         if vm.tasks:
             return vm
         power = {
@@ -352,127 +396,39 @@ class VMActor:
         self._exit.add_done_callback(lambda _: self.wake())
         self._observer.watch(machine)
 
+    def in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Does something for the machine that nobody waits for; it ends with the machine."""
+        self._observer.spawn(work)
+
     def on_event(self, event: MachineEvent) -> None:
         """Called by the machine when something happens in it."""
         self._observer.on_event(event)
+
+    def ended_report(self) -> ExitReport | None:
+        """How the machine ended, if it has."""
+        if self._exit is None or not self._exit.done():
+            return None
+        return self._report(self._exit)
 
     async def exited(self, timeout: float | None) -> ExitReport | None:
         """Waits for the machine to end; None if it has not after ``timeout`` seconds."""
         if self._exit is None:
             return None
         done, _ = await asyncio.wait({self._exit}, timeout=timeout)
-        return self._exit.result() if done else None
+        return self._report(self._exit) if done else None
+
+    def _report(self, exit: asyncio.Task[ExitReport]) -> ExitReport:
+        error = exit.exception()
+        if error is not None:  # it has ended, but watching it went wrong
+            log.error("watching a VM failed", vm=self.id, exc_info=error)
+            return ExitReport(hint="unknown", time=self.environment.clock())
+        return exit.result()
 
     def release(self) -> None:
         """Forgets a machine that has ended."""
         self._observer.close()
         self.machine = None
         self._exit = None
-
-    # -- keeping it as it should be ---------------------------------------------------------
-
-    async def _reconcile(self, vm: VM) -> float:
-        if self._exit is not None and self._exit.done():
-            report = self._exit.result()
-            self.release()
-            return await self._see_to_exit(vm, exits.explain(report))
-        if self.machine is not None:
-            return 0.0
-        if vm.status.state.alive or vm.status.instance is not None:
-            return await self._see_to_exit(vm, exits.lost(self.environment.clock()))
-        if vm.status.state is VMState.CREATING:
-            return 0.0
-        if vm.spec.power is Power.RUNNING and vm.status.state is not VMState.FAILED:
-            return await self._start_again(vm)
-        return 0.0
-
-    async def _see_to_exit(self, vm: VM, end: exits.End) -> float:
-        now = self.environment.clock()
-        again = exits.should_restart(vm, end.exit, now)
-
-        def change(record: VM) -> VM:
-            restarts = exits.restarts_so_far(record, now)
-            record = change_status(
-                record,
-                state=VMState.STOPPED,
-                instance=None,
-                last_exit=end.exit,
-                addresses=(),
-                agent=None,
-                message=end.exit.message or None,
-                restarts=restarts + 1 if again else restarts,
-            )
-            if not again and not record.tasks:
-                record = change_spec(record, power=Power.STOPPED)
-            return record
-
-        await write(
-            self.environment,
-            VM,
-            self.id,
-            change,
-            lambda v: [new_event(now, end.event, v, end.describe(v), level=end.level)],
-        )
-        if again:
-            self.wake()
-            return exits.backoff(exits.restarts_so_far(vm, now))
-        return 0.0
-
-    async def _start_again(self, vm: VM) -> float:
-        """Starts a VM that should run: after a failure, a restart of the host, or a crash of the
-        daemon just before."""
-        now = self.environment.clock()
-        last = vm.status.last_exit
-        if last is not None and vm.status.restarts > 0:
-            due = last.time + exits.backoff(vm.status.restarts - 1)
-            if now < due:
-                return due - now
-        task = Task(
-            meta=vm.meta, spec=exits.restart_spec(vm, self.environment.host)
-        )  # never written: it only carries the arguments
-        try:
-            outcome = await self._verbs["vm.start"](self, vm, TaskRun(self.environment, task))
-        except UndercroftError as error:
-            message = error.message
-            again = vm.status.restarts < exits.MAX_RESTARTS
-
-            def change(record: VM) -> VM:
-                record = change_status(
-                    record,
-                    state=VMState.STOPPED,
-                    instance=None,
-                    message=message,
-                    restarts=record.status.restarts + 1,
-                    last_exit=exits.start_failure(now, message),
-                )
-                if not again and not record.tasks:
-                    record = change_spec(record, power=Power.STOPPED)
-                return record
-
-            await write(
-                self.environment,
-                VM,
-                self.id,
-                change,
-                lambda v: [
-                    new_event(
-                        now,
-                        "vm.restart.failed",
-                        v,
-                        f"{v.label} could not be started again: {message}",
-                        level=EventLevel.ERROR,
-                    )
-                ],
-            )
-            return exits.backoff(vm.status.restarts) if again else 0.0
-        await write(
-            self.environment,
-            VM,
-            self.id,
-            outcome.change,
-            lambda v: [new_event(now, "vm.restarted", v, f"{v.label} was started again by itself")],
-        )
-        return 0.0
 
 
 async def _carry_out(verb: Verb, actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
@@ -482,11 +438,3 @@ async def _carry_out(verb: Verb, actor: VMActor, vm: VM, run: TaskRun) -> Outcom
 
 def _without(vm: VM, task_id: str) -> VM:
     return msgspec.structs.replace(vm, tasks=tuple(t for t in vm.tasks if t != task_id))
-
-
-def _unexpected(error: Exception, vm: VM) -> UndercroftError:
-    return UndercroftError(
-        f"{type(error).__name__}: {error}",
-        object=vm.label,
-        action="this is a fault of Undercroft's own; the daemon's log has the details",
-    )

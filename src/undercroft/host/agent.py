@@ -23,7 +23,7 @@ from undercroft.host.services import LocalHost
 from undercroft.host.verbs import VM_VERBS
 from undercroft.hypervisor.machine import QemuMachine
 from undercroft.model.base import Record
-from undercroft.model.errors import CompactedError, UndercroftError
+from undercroft.model.errors import CompactedError, UnavailableError, UndercroftError
 from undercroft.model.image import Image
 from undercroft.model.requests import CheckReport
 from undercroft.model.task import Task
@@ -84,7 +84,7 @@ class HostAgent:
 
     async def check(self, repair: bool) -> CheckReport:
         """Looks for what a crash left behind."""
-        return await check_host(self.environment, self._owned(), repair)
+        return await check_host(self.environment, self._owned, repair)
 
     # -- start-up ---------------------------------------------------------------------------
 
@@ -116,24 +116,35 @@ class HostAgent:
     async def _follow(self, revision: int) -> None:
         while True:
             try:
+                if revision < 0:
+                    revision = await self._list_again()
                 async with aclosing(self.environment.store.watch(WATCHED, revision)) as batches:
                     async for batch in batches:
                         for change in batch.changes:
                             self._on_change(change)
                         revision = batch.revision
+                raise UnavailableError("the watch has ended")
             except CompactedError:
-                revision = await self._list_again()
+                revision = -1
             except UndercroftError as error:
                 log.error("following the store failed", code=error.code, error=error.message)
                 await asyncio.sleep(1.0)
+            except Exception:
+                log.exception("following the store failed")
+                revision = -1
+                await asyncio.sleep(1.0)
 
     async def _list_again(self) -> int:
-        listing = await self.environment.store.list(VM)
-        for item in listing.items:
-            self._on_change(Change(VM, item.record.meta.id, item.record, item.revision))
-        for image in (await self.environment.store.list(Image)).items:
-            self._on_change(Change(Image, image.record.meta.id, image.record, image.revision))
-        return listing.revision
+        """Takes note of all there is, after changes were missed; the revision to go on from."""
+        revision = await self.environment.store.revision()
+        known = [(VM, id) for id in self._actors] + [(Image, id) for id in self._images]
+        for kind in WATCHED:
+            for item in (await self.environment.store.list(kind)).items:
+                self._on_change(Change(kind, item.record.meta.id, item.record, item.revision))
+        for gone, id in known:
+            if await self.environment.store.get(gone, id) is None:
+                self._on_change(Change(gone, id, None, revision))
+        return revision
 
     def _on_change(self, change: Change) -> None:
         record = change.record

@@ -8,13 +8,20 @@ that a record accounts for, and nothing outside the data directory.
 from __future__ import annotations
 
 import asyncio
+import math
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from undercroft.host import orphans
 from undercroft.host.environment import Environment
 from undercroft.host.files import remove_tree
+from undercroft.host.outcome import write
+from undercroft.model.errors import AlreadyExistsError, StaleError
 from undercroft.model.image import Image, ImageState
 from undercroft.model.requests import CheckFinding, CheckReport
 from undercroft.model.task import Task
@@ -22,35 +29,97 @@ from undercroft.model.vm import VM, VMState
 from undercroft.model.volume import Volume
 from undercroft.operations.context import scope
 from undercroft.operations.vm_change import removal_releases
-from undercroft.store.interface import Claim, Delete, Release, Transaction
+from undercroft.store.interface import (
+    Check,
+    Claim,
+    Delete,
+    Release,
+    Store,
+    Transaction,
+    Versioned,
+)
 
 GRACE = 3600.0  # seconds that a file in DATA/tmp may be older than and still be in use
 
 
-async def check_host(environment: Environment, owned: set[str], repair: bool) -> CheckReport:
-    """Compares, and with ``repair`` puts right what can be. ``owned``: ids of the VMs whose
-    processes are accounted for."""
-    store = environment.store
-    vms = {i.record.meta.id: i.record for i in (await store.list(VM)).items}
-    volumes = {i.record.meta.id: i.record for i in (await store.list(Volume)).items}
-    images = {i.record.meta.id: i.record for i in (await store.list(Image)).items}
-    tasks = {i.record.meta.id for i in (await store.list(Task)).items}
+@dataclass(frozen=True)
+class _Records:
+    """What the store says there is. Listed after the files were, so that what came to be in
+    between is not taken for stray; volumes before the VMs that they go with."""
+
+    volumes: dict[str, Versioned[Volume]]
+    images: dict[str, Image]
+    vms: dict[str, Versioned[VM]]
+    tasks: set[str]
+
+    @classmethod
+    async def read(cls, store: Store) -> _Records:
+        volumes = {i.record.meta.id: i for i in (await store.list(Volume)).items}
+        images = {i.record.meta.id: i.record for i in (await store.list(Image)).items}
+        vms = {i.record.meta.id: i for i in (await store.list(VM)).items}
+        tasks = {i.record.meta.id for i in (await store.list(Task)).items}
+        return cls(volumes, images, vms, tasks)
+
+
+async def check_host(
+    environment: Environment, owned: Callable[[], set[str]], repair: bool
+) -> CheckReport:
+    """Compares, and with ``repair`` puts right what can be. ``owned`` tells the ids of the VMs
+    whose processes are accounted for at that moment."""
+    data = environment.data
+    processes = await asyncio.to_thread(orphans.marked_processes, data)
+    files = await asyncio.to_thread(_files, data)
+    records = await _Records.read(environment.store)
+    strays = {pid: vm for pid, vm in processes.items() if vm not in owned()}
     findings = await asyncio.to_thread(
         lambda: [
-            *_processes(environment, owned, repair),
-            *_stray_files(environment, vms, volumes, images, repair),
-            *_missing_files(environment, vms, volumes, images),
+            *_processes(environment, strays, repair),
+            *_stray_files(files, records, repair),
+            *_missing_files(environment, records),
         ]
     )
-    findings += await _records(environment, vms, volumes, tasks, repair)
+    findings = [finding for finding in findings if await _still(environment, finding)]
+    findings += await _records(environment, records, repair)
     return CheckReport(
         findings=tuple(findings),
-        checked={"vms": len(vms), "volumes": len(volumes), "images": len(images)},
+        checked={
+            "vms": len(records.vms),
+            "volumes": len(records.volumes),
+            "images": len(records.images),
+        },
     )
 
 
-def _processes(environment: Environment, owned: set[str], repair: bool) -> Iterator[CheckFinding]:
-    strays = orphans.strays(environment.data, owned)
+async def _still(environment: Environment, finding: CheckFinding) -> bool:
+    """Whether what is missing is still wanted: it may have been removed since the records were
+    read."""
+    if finding.code == "missing-volume" and finding.object is not None:
+        name = finding.object.removeprefix("volume ")
+        return await environment.store.resolve(scope("volume"), name) is not None
+    if finding.code == "damaged-image" and finding.path is not None:
+        digest = Path(finding.path).parent.name
+        images = (await environment.store.list(Image)).items
+        return any(image.record.status.digest == digest for image in images)
+    return True
+
+
+def _files(data: Path) -> dict[str, list[Path]]:
+    """What lies in the directories that records account for."""
+    old = time.time() - GRACE
+    return {
+        "a VM's directory": _entries(data / "vms"),
+        "a VM's sockets": _entries(data / "run" / "vms"),
+        "a volume": _entries(data / "volumes"),
+        "an image": _entries(data / "images"),
+        "something half-made": [p for p in _entries(data / "tmp") if _changed(p) < old],
+    }
+
+
+def _processes(
+    environment: Environment, strays: dict[int, str], repair: bool
+) -> Iterator[CheckFinding]:
+    living = orphans.marked_processes(environment.data)
+    strays = {pid: vm for pid, vm in strays.items() if living.get(pid) == vm}
     ended = set(orphans.end_processes(environment.data, set(strays))) if repair else set()
     for pid, vm in strays.items():
         yield CheckFinding(
@@ -62,49 +131,40 @@ def _processes(environment: Environment, owned: set[str], repair: bool) -> Itera
 
 
 def _stray_files(
-    environment: Environment,
-    vms: dict[str, VM],
-    volumes: dict[str, Volume],
-    images: dict[str, Image],
-    repair: bool,
+    files: dict[str, list[Path]], records: _Records, repair: bool
 ) -> Iterator[CheckFinding]:
-    data = environment.data
-    digests = {image.status.digest for image in images.values()}
-    making = any(image.status.state is ImageState.PENDING for image in images.values())
-    strays: list[tuple[Path, str]] = []
-    strays += [(p, "a VM's directory") for p in _entries(data / "vms") if p.name not in vms]
-    strays += [(p, "a VM's sockets") for p in _entries(data / "run" / "vms") if p.name not in vms]
-    strays += [
-        (p, "a volume")
-        for p in _entries(data / "volumes")
-        if p.name.removesuffix(".qcow2") not in volumes
-    ]
-    if not making:
-        strays += [(p, "an image") for p in _entries(data / "images") if p.name not in digests]
-    old = time.time() - GRACE
-    strays += [
-        (p, "something half-made") for p in _entries(data / "tmp") if p.lstat().st_mtime < old
-    ]
-    for path, what in strays:
-        if repair:
-            remove_tree(path)
-        yield CheckFinding(
-            code="stray-file",
-            message=f"{path} looks like {what}, but no record accounts for it",
-            path=str(path),
-            repaired=repair and not path.exists(),
-        )
+    digests = {image.status.digest for image in records.images.values()}
+    making = any(image.status.state is ImageState.PENDING for image in records.images.values())
+    accounted: dict[str, Callable[[Path], bool]] = {
+        "a VM's directory": lambda path: path.name in records.vms,
+        "a VM's sockets": lambda path: path.name in records.vms,
+        "a volume": lambda path: path.name.removesuffix(".qcow2") in records.volumes,
+        "an image": lambda path: making or path.name in digests,
+        "something half-made": lambda path: making,
+    }
+    for what, paths in files.items():
+        for path in paths:
+            if accounted[what](path) or not _there(path):
+                continue
+            if repair:
+                remove_tree(path)
+            yield CheckFinding(
+                code="stray-file",
+                message=f"{path} looks like {what}, but no record accounts for it",
+                path=str(path),
+                repaired=repair and not _there(path),
+            )
 
 
-def _missing_files(
-    environment: Environment,
-    vms: dict[str, VM],
-    volumes: dict[str, Volume],
-    images: dict[str, Image],
-) -> Iterator[CheckFinding]:
+def _missing_files(environment: Environment, records: _Records) -> Iterator[CheckFinding]:
     """What is gone cannot be made up; the finding says so."""
-    busy = {id for id, vm in vms.items() if vm.tasks or vm.status.state is VMState.CREATING}
-    for id, volume in volumes.items():
+    busy = {
+        id
+        for id, vm in records.vms.items()
+        if vm.record.tasks or vm.record.status.state is VMState.CREATING
+    }
+    for id, found in records.volumes.items():
+        volume = found.record
         path = environment.volume_path(id)
         if volume.spec.vm not in busy and not path.exists():
             yield CheckFinding(
@@ -113,13 +173,13 @@ def _missing_files(
                 object=volume.label,
                 path=str(path),
             )
-    for image in images.values():
+    for image in records.images.values():
         if image.status.state is not ImageState.READY or image.status.content is None:
             continue
         directory = environment.data / "images" / str(image.status.digest)
         for name, file in image.status.content.files.items():
             path = directory / name
-            if not path.exists() or path.stat().st_size != file.size:
+            if _size(path) != file.size:
                 yield CheckFinding(
                     code="damaged-image",
                     message=f"{image.label} is damaged: {name} is gone or has another size",
@@ -128,70 +188,116 @@ def _missing_files(
                 )
 
 
-async def _records(
-    environment: Environment,
-    vms: dict[str, VM],
-    volumes: dict[str, Volume],
-    tasks: set[str],
-    repair: bool,
-) -> list[CheckFinding]:
+async def _records(environment: Environment, records: _Records, repair: bool) -> list[CheckFinding]:
     findings = []
-    for volume in volumes.values():
-        if volume.spec.vm is not None and volume.spec.vm not in vms:
-            if repair:
-                environment.volume_path(volume.meta.id).unlink(missing_ok=True)
-                await environment.store.transact(
-                    Transaction(
-                        deletes=[Delete(Volume, volume.meta.id)],
-                        releases=[Release(scope("volume"), volume.meta.name, volume.meta.id)],
-                    )
-                )
-            findings.append(
-                CheckFinding(
-                    code="ownerless-volume",
-                    message=f"{volume.label} belongs to a VM that is gone",
-                    object=volume.label,
-                    repaired=repair,
-                )
-            )
-    for vm in vms.values():
-        findings += await _names(environment, vm, volumes, repair)
-        lost = [task for task in vm.tasks if task not in tasks]
+    for volume in records.volumes.values():
+        if volume.record.spec.vm is not None and volume.record.spec.vm not in records.vms:
+            findings += await _ownerless(environment, volume, repair)
+    for vm in records.vms.values():
+        findings += await _names(environment, vm, records, repair)
+        lost = {task for task in vm.record.tasks if task not in records.tasks}
         if lost:
-            findings.append(
-                CheckFinding(
-                    code="lost-task",
-                    message=f"{vm.label} waits for {len(lost)} tasks that are gone",
-                    object=vm.label,
-                    repaired=False,
-                )
-            )
+            findings.append(await _lost_tasks(environment, vm.record, lost, repair))
     return findings
 
 
-async def _names(
-    environment: Environment, vm: VM, volumes: dict[str, Volume], repair: bool
+async def _ownerless(
+    environment: Environment, volume: Versioned[Volume], repair: bool
 ) -> list[CheckFinding]:
-    own = [volumes[d.volume] for d in vm.spec.disks if d.volume in volumes]
-    findings = []
-    for held in removal_releases(vm, own):
+    record = volume.record
+    id = record.meta.id
+    if repair:
+        try:
+            await environment.store.transact(
+                Transaction(
+                    checks=[Check(Volume, id, volume.revision), Check(VM, str(record.spec.vm), 0)],
+                    deletes=[Delete(Volume, id)],
+                    releases=[Release(scope("volume"), record.meta.name, id)],
+                )
+            )
+        except StaleError:
+            return []  # it was seen to meanwhile
+        await asyncio.to_thread(environment.volume_path(id).unlink, True)
+    return [
+        CheckFinding(
+            code="ownerless-volume",
+            message=f"{record.label} belongs to a VM that is gone",
+            object=record.label,
+            repaired=repair,
+        )
+    ]
+
+
+async def _lost_tasks(
+    environment: Environment, vm: VM, lost: set[str], repair: bool
+) -> CheckFinding:
+    if repair:
+        await write(
+            environment,
+            VM,
+            vm.meta.id,
+            lambda record: msgspec.structs.replace(
+                record, tasks=tuple(task for task in record.tasks if task not in lost)
+            ),
+        )
+    return CheckFinding(
+        code="lost-task",
+        message=f"{vm.label} waits for {len(lost)} tasks that are gone",
+        object=vm.label,
+        repaired=repair,
+    )
+
+
+async def _names(
+    environment: Environment, vm: Versioned[VM], records: _Records, repair: bool
+) -> list[CheckFinding]:
+    record = vm.record
+    own = [records.volumes[d.volume] for d in record.spec.disks if d.volume in records.volumes]
+    checks = [
+        Check(VM, record.meta.id, vm.revision),
+        *(Check(Volume, volume.record.meta.id, volume.revision) for volume in own),
+    ]
+    findings: list[CheckFinding] = []
+    for held in removal_releases(record, [volume.record for volume in own]):
         holder = await environment.store.resolve(held.scope, held.name)
         if holder == held.id:
             continue
-        if repair and holder is None:
-            await environment.store.transact(
-                Transaction(claims=[Claim(held.scope, held.name, held.id)])
-            )
+        claims = [Claim(held.scope, held.name, held.id)] if repair and holder is None else []
+        try:
+            await environment.store.transact(Transaction(checks=checks, claims=claims))
+        except (StaleError, AlreadyExistsError):
+            return findings  # it was renamed or removed meanwhile
         findings.append(
             CheckFinding(
                 code="lost-name",
-                message=f"{vm.label} does not hold its name {held.name}",
-                object=vm.label,
-                repaired=repair and holder is None,
+                message=f"{record.label} does not hold its name {held.name}",
+                object=record.label,
+                repaired=bool(claims),
             )
         )
     return findings
 
 
 def _entries(directory: Path) -> list[Path]:
-    return sorted(directory.iterdir()) if directory.is_dir() else []
+    try:
+        return sorted(directory.iterdir())
+    except OSError:
+        return []
+
+
+def _there(path: Path) -> bool:
+    return os.path.lexists(path)
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.lstat().st_mtime
+    except OSError:
+        return math.inf
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1

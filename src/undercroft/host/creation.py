@@ -15,7 +15,7 @@ from undercroft.host.files import allocated, remove_tree
 from undercroft.host.outcome import TaskRun, change_status, write
 from undercroft.model.errors import DataError
 from undercroft.model.image import Image
-from undercroft.model.vm import VM, VMState
+from undercroft.model.vm import VM, Power, VMState
 from undercroft.model.volume import Volume, VolumeState
 from undercroft.operations.vm_change import removal_releases
 from undercroft.storage.volumes import create_volume
@@ -38,7 +38,8 @@ async def create(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
             lambda record: change_status(record, state=VMState.STOPPED, uid=uid),
         )
         vm = made or vm
-    if not run.arguments.get("start"):
+    # Whoever switches it off meanwhile does not want it started.
+    if not run.arguments.get("start") or vm.spec.power is not Power.RUNNING:
         return Outcome(lambda record: record, result={"vm": vm.meta.id})
     outcome = await power.start(actor, vm, run)
     outcome.result["vm"] = vm.meta.id
@@ -97,6 +98,7 @@ async def _make_volume(environment: Environment, id: str) -> None:
 async def remove(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
     """Ends the VM and removes its files and volumes."""
     environment = actor.environment
+    run.committed = True  # half a VM is of no use to anybody
     if actor.machine is not None:
         await actor.machine.quit()
         await actor.exited(None)

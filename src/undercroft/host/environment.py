@@ -33,6 +33,8 @@ class Environment:
         default_factory=lambda: asyncio.Semaphore(max(4, 2 * (os.cpu_count() or 1)))
     )
     uid_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    images_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while the content of an image is removed, or found to be there and written down."""
     closing: bool = False
     _emulators: dict[str, Emulator] = field(default_factory=dict)
 

@@ -8,7 +8,7 @@ from undercroft.hypervisor.machine import ExitReport
 from undercroft.model.base import Ref
 from undercroft.model.event import EventLevel
 from undercroft.model.task import TaskSpec
-from undercroft.model.vm import VM, Exit, ExitReason, RestartPolicy
+from undercroft.model.vm import VM, Exit, ExitReason, Power, RestartPolicy
 
 MAX_RESTARTS = 5
 STEADY = 600.0  # seconds of running after which earlier restarts are forgotten
@@ -18,6 +18,7 @@ _REASONS = {
     "guest-shutdown": ExitReason.GUEST_SHUTDOWN,
     "guest-panic": ExitReason.GUEST_PANIC,
     "quit": ExitReason.FORCED,
+    "killed": ExitReason.FORCED,
     "suspended": ExitReason.SUSPENDED,
     "signal": ExitReason.KILLED,
     "error": ExitReason.CRASHED,
@@ -91,6 +92,11 @@ def lost(now: float) -> End:
     return End(Exit(reason=ExitReason.LOST, time=now))
 
 
+def suspended(now: float) -> End:
+    """The end of a machine whose state was saved just before the daemon went."""
+    return End(Exit(reason=ExitReason.SUSPENDED, time=now))
+
+
 def start_failure(now: float, message: str) -> Exit:
     """A start that came to nothing."""
     return Exit(reason=ExitReason.START_FAILED, time=now, message=message)
@@ -108,6 +114,8 @@ def should_restart(vm: VM, end: Exit, now: float) -> bool:
     """Whether the VM's policy has it started again after this end."""
     if end.reason in (ExitReason.STOPPED, ExitReason.FORCED, ExitReason.SUSPENDED) or vm.tasks:
         return False
+    if vm.spec.power is not Power.RUNNING:
+        return False  # it was paused: what it was doing cannot be had again
     if restarts_so_far(vm, now) >= MAX_RESTARTS:
         return False
     policy = vm.spec.restart

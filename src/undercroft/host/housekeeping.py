@@ -29,8 +29,8 @@ async def keep_house(environment: Environment) -> None:
     while True:
         try:
             await tidy(environment)
-        except UndercroftError as error:
-            log.warning("tidying failed", code=error.code, error=error.message)
+        except (UndercroftError, OSError) as error:
+            log.warning("tidying failed", error=str(error))
         await asyncio.sleep(INTERVAL)
 
 

@@ -11,7 +11,7 @@ import structlog
 
 from undercroft.host.environment import Environment
 from undercroft.host.imaging import MadeImage, make_image, remove_image
-from undercroft.host.outcome import TaskRun, finish
+from undercroft.host.outcome import TaskRun, finish, unexpected
 from undercroft.model.errors import CancelledTaskError, InUseError, UndercroftError
 from undercroft.model.event import EventLevel
 from undercroft.model.image import Image, ImageState, ImageStatus
@@ -23,10 +23,14 @@ from undercroft.store.interface import Delete, Put, Release
 log = structlog.get_logger(__name__)
 
 
+RETRY_INTERVAL = 5.0  # seconds after a fault of our own before the same is tried again
+
+
 @dataclass
 class _Under:
     task_id: str
     work: asyncio.Task[None]
+    committed: bool = False  # its outcome is being written: too late to cancel
 
 
 class ImageWorker:
@@ -36,6 +40,7 @@ class ImageWorker:
         self.environment = environment
         self.id = id
         self._under: _Under | None = None
+        self._following: asyncio.Task[None] | None = None
         self._cancelled: set[str] = set()
 
     def wake(self, image: Image) -> None:
@@ -48,27 +53,36 @@ class ImageWorker:
 
     def cancel_task(self, task_id: str) -> None:
         """Stops a task: at once if it runs, else when its turn comes."""
+        if task_id in self._cancelled:
+            return  # a second time would cut short how it puts things back
         self._cancelled.add(task_id)
-        if self._under is not None and self._under.task_id == task_id:
-            self._under.work.cancel()
+        under = self._under
+        if under is not None and under.task_id == task_id and not under.committed:
+            under.work.cancel()
 
     async def close(self) -> None:
         """Stops; what was under way is begun anew by the next daemon."""
-        if self._under is not None:
-            self._under.work.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._under.work
+        following = self._following
+        for work in (following, self._under.work if self._under is not None else None):
+            if work is not None:
+                work.cancel()
+                with contextlib.suppress(asyncio.CancelledError, Exception):
+                    await work
 
     def _done(self, work: asyncio.Task[None]) -> None:
         self._under = None
-        if not work.cancelled() and work.exception() is not None:
-            log.error("image work failed", image=self.id, error=repr(work.exception()))
+        error = None if work.cancelled() else work.exception()
+        if error is not None:
+            log.error("image work failed", image=self.id, exc_info=error)
         if not self.environment.closing:
-            asyncio.ensure_future(self._next())  # noqa: RUF006
+            pause = RETRY_INTERVAL if error is not None else 0.0
+            self._following = asyncio.create_task(self._next(pause), name=f"next {self.id}")
 
-    async def _next(self) -> None:
+    async def _next(self, pause: float) -> None:
+        await asyncio.sleep(pause)
         found = await self.environment.store.get(Image, self.id)
         if found is not None:
+            self._cancelled &= set(found.record.tasks)
             self.wake(found.record)
 
     async def _do(self, task_id: str) -> None:
@@ -90,7 +104,8 @@ class ImageWorker:
             else:
                 await self._create(image, run)
         except (asyncio.CancelledError, CancelledTaskError):
-            if task_id not in self._cancelled and not entry.record.spec.cancel:
+            asked = task_id in self._cancelled or entry.record.spec.cancel
+            if not asked or (self._under is not None and self._under.committed):
                 raise  # the daemon is closing
             await self._ended(image, run, None)
         except UndercroftError as error:
@@ -98,17 +113,25 @@ class ImageWorker:
             await self._ended(image, run, error)
         except Exception as error:
             log.exception("task failed", task=task_id, image=image.meta.name)
-            await self._ended(
-                image, run, UndercroftError(f"{type(error).__name__}: {error}", object=image.label)
-            )
-        finally:
-            self._cancelled.discard(task_id)
+            await self._ended(image, run, unexpected(error, image))
 
     async def _create(self, image: Image, run: TaskRun) -> None:
-        made = await make_image(self.environment, image, run)
+        while True:
+            made = await make_image(self.environment, image, run)
+            async with self.environment.images_lock:
+                # Another image of this very content may have been removed meanwhile.
+                if not self.environment.directory.image(made.digest).is_dir():
+                    continue
+                self._commit()
+                await self._ready(image, run, made)
+                return
 
+    async def _ready(self, image: Image, run: TaskRun, made: MadeImage) -> None:
         def change(record: Image) -> Image:
-            return msgspec.structs.replace(record, status=_ready(made))
+            status = _ready(made)
+            if record.status.state is ImageState.REMOVING:  # its removal waits: nobody may use it
+                status = msgspec.structs.replace(status, state=ImageState.REMOVING)
+            return msgspec.structs.replace(record, status=status)
 
         await finish(
             self.environment,
@@ -119,6 +142,10 @@ class ImageWorker:
             result={"image": self.id, "digest": made.digest},
             event=("image.ready", f"{image.label} is ready", EventLevel.INFO),
         )
+
+    def _commit(self) -> None:
+        if self._under is not None:
+            self._under.committed = True
 
     async def _remove(self, image: Image, run: TaskRun) -> None:
         listing = await self.environment.store.list(VM)
@@ -157,22 +184,24 @@ class ImageWorker:
         message: str,
         cancelled: bool = False,
     ) -> None:
-        await remove_image(self.environment, image)
+        self._commit()
 
         def extra(record: Image) -> tuple[list[Put], list[Delete], list[Release]]:
             return [], [], [Release(scope("image"), record.meta.name, record.meta.id)]
 
-        await finish(
-            self.environment,
-            Image,
-            self.id,
-            run.id,
-            change=lambda record: None,
-            extra=extra,
-            error=error,
-            cancelled=cancelled,
-            event=(event, message, EventLevel.ERROR if error else EventLevel.INFO),
-        )
+        async with self.environment.images_lock:
+            await remove_image(self.environment, image)
+            await finish(
+                self.environment,
+                Image,
+                self.id,
+                run.id,
+                change=lambda record: None,
+                extra=extra,
+                error=error,
+                cancelled=cancelled,
+                event=(event, message, EventLevel.ERROR if error else EventLevel.INFO),
+            )
 
 
 def _ready(made: MadeImage) -> ImageStatus:
@@ -183,6 +212,8 @@ def _ready(made: MadeImage) -> ImageStatus:
 
 def _ready_again(image: Image) -> Image:
     """An image that could not be removed is as it was."""
+    if image.status.content is None:
+        return image
     return msgspec.structs.replace(
         image, status=msgspec.structs.replace(image.status, state=ImageState.READY)
     )

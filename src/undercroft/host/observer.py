@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from collections.abc import Coroutine
+from typing import Any
 
 import structlog
 
@@ -39,14 +41,14 @@ class Observer:
         self.close()
         self._machine = machine
         self._look_at_agent()
+        if machine.run_state is RunState.IO_ERROR:  # it was so before we looked
+            self.spawn(self._go_on_when_there_is_room(machine))
 
     def close(self) -> None:
         """Stops watching."""
-        for task in (self._agent_task, *self._tasks):
-            if task is not None:
-                task.cancel()
+        for task in self._tasks:
+            task.cancel()
         self._agent_task = None
-        self._tasks.clear()
         self._machine = None
 
     def on_event(self, event: MachineEvent) -> None:
@@ -56,19 +58,29 @@ class Observer:
         if event.kind == "agent":
             self._look_at_agent()
         elif event.kind == "io-error":
-            self._spawn(self._io_error(event))
+            self.spawn(self._io_error(event))
         elif event.kind == "state":
-            self._spawn(self._state(event.state))
+            self.spawn(self._state(event.state))
 
-    def _spawn(self, work: object) -> None:
-        task = asyncio.ensure_future(_guarded(work, self._id))
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Does something beside, for as long as the machine is watched."""
+        task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, UndercroftError):
+            log.debug("observation failed", vm=self._id, error=error.message)
+        elif error is not None:
+            log.warning("observation failed", vm=self._id, exc_info=error)
 
     def _look_at_agent(self) -> None:
         if self._agent_task is not None:
             self._agent_task.cancel()
-        self._agent_task = asyncio.ensure_future(_guarded(self._follow_agent(), self._id))
+        self._agent_task = self.spawn(self._follow_agent())
 
     async def _follow_agent(self) -> None:
         """Asks the agent for addresses: often at first, then once a minute."""
@@ -110,11 +122,13 @@ class Observer:
 
     async def _io_error(self, event: MachineEvent) -> None:
         machine = self._machine
-        full = bool(event.data.get("nospace"))
+        full = bool(event.data.get("no_space"))
         reason = "the host's disk is full" if full else "the host's disk failed"
         now = self._environment.clock()
 
         def change(vm: VM) -> VM:
+            if not vm.status.state.alive:
+                return vm
             return change_status(vm, state=VMState.PAUSED, message=f"paused: {reason}")
 
         await write(
@@ -129,7 +143,7 @@ class Observer:
                     vm,
                     f"{vm.label} was paused, nothing is lost: {reason}",
                     level=EventLevel.ERROR,
-                    data={"nospace": full},
+                    data={"no_space": full},
                 )
             ],
         )
@@ -155,17 +169,12 @@ class Observer:
             self._environment,
             VM,
             self._id,
-            lambda vm: change_status(vm, state=VMState.RUNNING, message=None),
+            lambda vm: (
+                change_status(vm, state=VMState.RUNNING, message=None)
+                if vm.status.state is VMState.PAUSED
+                else vm
+            ),
             lambda vm: [
                 new_event(now, "vm.resumed", vm, f"{vm.label} goes on: there is room again")
             ],
         )
-
-
-async def _guarded(work: object, id: str) -> None:
-    try:
-        await work  # type: ignore[misc]
-    except UndercroftError as error:
-        log.debug("observation failed", vm=id, error=error.message)
-    except OSError as error:
-        log.warning("observation failed", vm=id, error=str(error))

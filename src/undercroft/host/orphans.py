@@ -69,6 +69,11 @@ async def end_orphans(environment: Environment, owned: set[str]) -> list[int]:
     return await asyncio.to_thread(end)
 
 
+def end_machine(data: Path, vm: str) -> None:
+    """Kills all processes of a VM."""
+    end_processes(data, {pid for pid, owner in marked_processes(data).items() if owner == vm})
+
+
 def end_processes(data: Path, pids: set[int]) -> list[int]:
     """Kills these processes if they are still emulators of the data directory, and waits for their
     end; returns the pids of those that are gone."""

@@ -5,18 +5,27 @@ Each outcome is one transaction, so that a crash leaves either all of it or none
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import msgspec
+import structlog
 
 from undercroft.host.environment import Environment
-from undercroft.model.errors import Problem, StaleError, UndercroftError
+from undercroft.model.base import Record
+from undercroft.model.errors import (
+    NoSpaceError,
+    Problem,
+    StaleError,
+    UnavailableError,
+    UndercroftError,
+)
 from undercroft.model.event import Event, EventLevel
 from undercroft.model.image import Image
 from undercroft.model.task import Task, TaskState, TaskStatus
-from undercroft.model.vm import VM
+from undercroft.model.vm import VM, VMState
 from undercroft.operations.context import ATTEMPTS, new_event
 from undercroft.store.interface import (
     Check,
@@ -30,11 +39,17 @@ from undercroft.store.interface import (
 
 R = TypeVar("R", VM, Image)
 
+log = structlog.get_logger(__name__)
+
 PROGRESS_INTERVAL = 0.5  # seconds between two writes of progress
+RETRY_INTERVAL = 1.0  # seconds between two tries to write down what happened
 
 
 def change_status(record: VM, **values: Any) -> VM:
-    """The VM with other values in its status."""
+    """The VM with other values in its status. One that is being removed stays so, whatever else
+    becomes of it."""
+    if record.status.state is VMState.REMOVING:
+        values.pop("state", None)
     return msgspec.structs.replace(record, status=msgspec.structs.replace(record.status, **values))
 
 
@@ -74,11 +89,16 @@ async def write(
 
 
 class TaskRun:
-    """A task being carried out: where its progress, checkpoint and outcome are written."""
+    """A task being carried out: where its progress, checkpoint and outcome are written.
+
+    ``committed``: it is past the point where it could be undone, and is finished even if somebody
+    asks to cancel it.
+    """
 
     def __init__(self, environment: Environment, task: Task) -> None:
         self.environment = environment
         self.task = task
+        self.committed = False
         self._written = 0.0
         self._phase = task.status.phase
 
@@ -119,6 +139,15 @@ class TaskRun:
             self.task = written.record
 
 
+def unexpected(error: Exception, record: Record) -> UndercroftError:
+    """A fault of our own, as an error that can be told."""
+    return UndercroftError(
+        f"{type(error).__name__}: {error}",
+        object=record.label,
+        action="this is a fault of Undercroft's own; the daemon's log has the details",
+    )
+
+
 def final_status(
     task: Task,
     now: float,
@@ -132,7 +161,7 @@ def final_status(
     if cancelled:
         state = TaskState.CANCELLED
     elif error is not None:
-        state, problem = TaskState.FAILED, error.problem()
+        state, problem = TaskState.FAILED, _plain(error.problem())
     status: TaskStatus = msgspec.structs.replace(
         task.status,
         state=state,
@@ -144,6 +173,12 @@ def final_status(
         result=result or {},
     )
     return msgspec.structs.replace(task, status=status)
+
+
+def _plain(problem: Problem) -> Problem:
+    """The problem with nothing in its data that could not be written down."""
+    data = msgspec.to_builtins(problem.data, enc_hook=str, str_keys=True)
+    return msgspec.structs.replace(problem, data=data)
 
 
 async def finish(
@@ -161,12 +196,15 @@ async def finish(
 ) -> R | None:
     """Writes a task's outcome, what it made of its object, and an event, all at once.
 
-    ``change`` gets the object without the task in its queue; None removes the object. ``event`` is
-    type, message and level. Returns the object as written, or None if it is gone.
+    ``change`` gets the object without the task in its queue; None removes the object, and ends the
+    tasks that still wait for it. ``event`` is type, message and level. What happened cannot be
+    undone by a store that does not take it, so it is tried again until it does. Returns the object
+    as written, or None if it is gone.
     """
     store = environment.store
     now = environment.clock()
-    for _ in range(ATTEMPTS):
+    attempts = ATTEMPTS
+    while attempts:
         task = await store.get(Task, task_id)
         found: Versioned[R] | None = await store.get(kind, id)
         checks: list[Check] = []
@@ -186,6 +224,7 @@ async def finish(
             checks.append(Check(kind, id, found.revision))
             if wanted is None:
                 deletes.append(Delete(kind, id))
+                await _end_waiting(environment, queue, now, checks, puts)
             else:
                 puts.append(Put(wanted))
             if extra is not None:
@@ -203,6 +242,31 @@ async def finish(
                 Transaction(checks=checks, puts=puts, deletes=deletes, releases=releases)
             )
         except StaleError:
+            attempts -= 1
+            continue
+        except (NoSpaceError, UnavailableError) as refusal:
+            if environment.closing:
+                raise
+            log.error("writing an outcome failed", task=task_id, error=refusal.message)
+            await asyncio.sleep(RETRY_INTERVAL)
             continue
         return wanted
     raise StaleError(f"{kind.kind} {id} keeps changing", object=f"{kind.kind} {id}")
+
+
+async def _end_waiting(
+    environment: Environment,
+    queue: Sequence[str],
+    now: float,
+    checks: list[Check],
+    puts: list[Put],
+) -> None:
+    """Adds to a transaction the end of tasks whose object is about to be gone: who wanted that has
+    it, the others are cancelled."""
+    for id in queue:
+        waiting = await environment.store.get(Task, id)
+        if waiting is None or waiting.record.status.state.final:
+            continue
+        cancelled = not waiting.record.spec.verb.endswith(".remove")
+        checks.append(Check(Task, id, waiting.revision))
+        puts.append(Put(final_status(waiting.record, now, None, cancelled, None)))

@@ -9,10 +9,18 @@ from pathlib import Path
 import msgspec
 
 from undercroft.host.actor import Outcome, VMActor
+from undercroft.host.exits import explain
 from undercroft.host.outcome import TaskRun, change_spec, change_status, write
 from undercroft.host.planning import make_plan, make_seed
-from undercroft.hypervisor.machine import QemuMachine, RunState, suspended_plan
-from undercroft.model.errors import GuestAgentError, TimeLimitError, WrongStateError
+from undercroft.hypervisor.machine import ExitReport, QemuMachine, RunState, suspended_plan
+from undercroft.hypervisor.suspend import discard_state
+from undercroft.model.errors import (
+    GuestAgentError,
+    QmpError,
+    TimeLimitError,
+    UndercroftError,
+    WrongStateError,
+)
 from undercroft.model.vm import VM, Exit, ExitReason, Power, VMState
 
 AGENT_TIMEOUT = 3.0  # seconds for the agent to take a shutdown request
@@ -25,17 +33,24 @@ async def start(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
     """Starts the VM, or lets a suspended one go on from its saved state."""
     environment = actor.environment
     saved = environment.suspended_path(vm.meta.id)
-    resumed = saved.exists()
+    resumed = False
+    if actor.machine is not None and saved.exists():
+        # A daemon died while this QEMU loaded the state: it has never run, and is begun anew.
+        await actor.machine.kill()
+        await actor.exited(None)
+        actor.release()
     machine = actor.machine
     if machine is None:
-        await run.progress(None, "starting")
+        resumed = saved.exists()
+        await asyncio.gather(  # one write of the store's for both
+            run.progress(None, "starting"), _tell(actor, VMState.STARTING)
+        )
         async with environment.start_slots:
             machine = await (_from_saved(actor, vm, saved) if resumed else _fresh(actor, vm))
         actor.take(machine)
+        run.committed = True
         if resumed:
-            await asyncio.to_thread(_forget_saved, saved)
-            if machine.agent is not None:
-                asyncio.ensure_future(_set_clock(machine))  # noqa: RUF006
+            actor.in_background(_set_clock(machine))
     elif machine.run_state is RunState.PAUSED:
         await machine.resume()
     instance = machine.instance
@@ -77,28 +92,34 @@ async def _from_saved(actor: VMActor, vm: VM, saved: Path) -> QemuMachine:
     return await QemuMachine.start(plan, emulator, on_event=actor.on_event)
 
 
-def _forget_saved(saved: Path) -> None:
-    saved.unlink(missing_ok=True)
-    saved.with_name(saved.name + ".plan").unlink(missing_ok=True)
+async def _tell(actor: VMActor, state: VMState) -> None:
+    """Writes what the VM is about to do."""
+    await write(actor.environment, VM, actor.id, lambda record: change_status(record, state=state))
 
 
 async def _set_clock(machine: QemuMachine) -> None:
     """A guest that was suspended has missed time: its agent sets the clock."""
     if machine.agent is None:
         return
-    try:
+    with contextlib.suppress(UndercroftError):  # without an agent the guest's own means must do
         await machine.agent.set_time()
-    except (GuestAgentError, TimeLimitError):
-        return  # without an agent the guest's own means must do
 
 
 async def stop(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
     """Asks the guest to shut down; switches off after the time limit, or at once with ``force``."""
     force = bool(run.arguments.get("force"))
     limit = run.arguments.get("timeout")
-    end = await _end(actor, vm, run, force, vm.spec.stop_timeout if limit is None else float(limit))
     saved = actor.environment.suspended_path(vm.meta.id)
-    await asyncio.to_thread(_forget_saved, saved)
+    if actor.machine is None and saved.exists() and not force:
+        raise WrongStateError(
+            f"{vm.label} is suspended, so it cannot be stopped",
+            object=vm.label,
+            action=f"throw its saved state away: croft stop --force {vm.meta.name}",
+            state=VMState.SUSPENDED,
+        )
+    end = await _end(actor, vm, run, force, vm.spec.stop_timeout if limit is None else float(limit))
+    run.committed = True
+    await asyncio.to_thread(discard_state, saved)
 
     def change(record: VM) -> VM:
         record = _ended(record, end)
@@ -118,21 +139,26 @@ async def _end(actor: VMActor, vm: VM, run: TaskRun, force: bool, limit: float) 
     machine = actor.machine
     now = actor.environment.clock
     if machine is None:
+        if actor.environment.suspended_path(vm.meta.id).exists():
+            return Exit(
+                reason=ExitReason.FORCED, time=now(), message="its saved state was thrown away"
+            )
         return vm.status.last_exit or Exit(reason=ExitReason.STOPPED, time=now())
     if not force and limit > 0 and machine.run_state is not RunState.IO_ERROR:
-        await write(
-            actor.environment,
-            VM,
-            vm.meta.id,
-            lambda record: change_status(record, state=VMState.STOPPING),
+        await asyncio.gather(
+            run.progress(None, "waiting for the guest to shut down"),
+            _tell(actor, VMState.STOPPING),
         )
-        await run.progress(None, "waiting for the guest to shut down")
-        if await _ask(actor, machine, limit):
+        ended = await _ask(actor, machine, limit)
+        if ended is not None:
             actor.release()
-            return Exit(reason=ExitReason.STOPPED, time=now())
+            return _complied(ended)
+    run.committed = True
     report = await machine.quit()
     await actor.exited(None)
     actor.release()
+    if report.hint == "guest-shutdown":  # at the last moment
+        return _complied(report)
     return Exit(
         reason=ExitReason.FORCED,
         time=report.time,
@@ -140,24 +166,35 @@ async def _end(actor: VMActor, vm: VM, run: TaskRun, force: bool, limit: float) 
     )
 
 
-async def _ask(actor: VMActor, machine: QemuMachine, limit: float) -> bool:
+def _complied(report: ExitReport) -> Exit:
+    """The end of a guest that was asked to shut down: what it did, or what came in between."""
+    end = explain(report).exit
+    if end.reason is ExitReason.GUEST_SHUTDOWN:
+        end = msgspec.structs.replace(end, reason=ExitReason.STOPPED)
+    return end
+
+
+async def _ask(actor: VMActor, machine: QemuMachine, limit: float) -> ExitReport | None:
     """Asks again and again, the agent if it answers and else by the power button, as a guest that
-    is still booting hears neither; whether the machine ended."""
+    is still booting hears neither; how the machine ended, or None if it has not."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + limit
     if machine.run_state is RunState.PAUSED:
-        await machine.resume()
+        with contextlib.suppress(WrongStateError, QmpError, TimeLimitError):
+            await machine.resume()
     asked = False
     while (left := deadline - loop.time()) > 0:
         heard = await _ask_agent(machine, left)
         if asked or not heard:
-            with contextlib.suppress(WrongStateError):  # it may be on its way down already
+            # It may be on its way down already, and its monitor with it.
+            with contextlib.suppress(WrongStateError, QmpError, TimeLimitError):
                 await machine.power_button()
         asked = True
         wait = AGENT_PATIENCE if heard else ASK_INTERVAL
-        if await actor.exited(min(max(deadline - loop.time(), 0.0), wait)) is not None:
-            return True
-    return False
+        report = await actor.exited(min(max(deadline - loop.time(), 0.0), wait))
+        if report is not None:
+            return report
+    return None
 
 
 async def _ask_agent(machine: QemuMachine, limit: float) -> bool:
@@ -166,7 +203,7 @@ async def _ask_agent(machine: QemuMachine, limit: float) -> bool:
         return False
     try:
         await machine.agent_shutdown(timeout=min(AGENT_TIMEOUT, limit))
-    except (GuestAgentError, TimeLimitError):
+    except (GuestAgentError, TimeLimitError, WrongStateError):
         return False
     return True
 
@@ -188,6 +225,7 @@ async def restart(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
     machine = actor.machine
     if machine is not None and machine.instance.started < run.task.meta.created:
         await stop(actor, vm, run)
+        run.committed = False
         await write(
             actor.environment,
             VM,
@@ -225,6 +263,8 @@ async def pause(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
 async def resume(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
     """Lets a paused or suspended VM go on."""
     if actor.machine is None:
+        if not actor.environment.suspended_path(vm.meta.id).exists():
+            _machine(actor, vm)
         return await start(actor, vm, run)
     if actor.machine.run_state in (RunState.PAUSED, RunState.IO_ERROR):
         await actor.machine.resume()
@@ -239,14 +279,11 @@ async def suspend(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
     """Saves memory and devices to disk and ends the process."""
     saved = actor.environment.suspended_path(vm.meta.id)
     if actor.machine is not None:
-        await write(
-            actor.environment,
-            VM,
-            vm.meta.id,
-            lambda record: change_status(record, state=VMState.SUSPENDING),
-        )
-        await run.progress(0.0, "saving memory")
-        await actor.machine.suspend(saved)
+        await asyncio.gather(run.progress(0.0, "saving memory"), _tell(actor, VMState.SUSPENDING))
+        if saved.exists():  # a daemon died just before this: the guest has not run since
+            await actor.machine.quit()
+        else:
+            await actor.machine.suspend(saved)
         await actor.exited(None)
         actor.release()
     if not saved.exists():
