@@ -76,10 +76,12 @@ class FakeHost:
     consoles: list[Echo] = field(default_factory=list)
     running: list[VMSample] = field(default_factory=list)
     repaired: list[bool] = field(default_factory=list)
+    began: asyncio.Event = field(default_factory=asyncio.Event)  # a program has been started
 
     async def exec(self, vm: VM, request: ExecRequest) -> ExecResult:
         if request.argv[0] == "break":
             raise KeyError("a secret of the inside")
+        self.began.set()
         await asyncio.sleep(0.01 if request.argv[0] != "sleep" else request.timeout)
         return ExecResult(exit_code=0, stdout=" ".join(request.argv).encode())
 
