@@ -156,5 +156,5 @@ def _similar(croft: Croft, error: UndercroftError) -> str | None:
     if found := closest(name, dict.fromkeys(names), 3):
         return f"did you mean {' or '.join(found)}? All of them: {listing}"
     if not names:
-        return f"there are no {kind}s yet" + (": croft run tiny" if kind == "vm" else "")
+        return "there are no VMs yet: croft run tiny" if kind == "vm" else "there are no images yet"
     return f"see what exists with: {listing}"

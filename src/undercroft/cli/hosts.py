@@ -103,7 +103,10 @@ class Check(Command):
             print(f"{mark}  {style.clean(finding.get('message', ''))} ({finding.get('code')})")
             if path := finding.get("path"):
                 print(f"          {style.clean(path)}")
-        checked = ", ".join(f"{count} {what}" for what, count in report.get("checked", {}).items())
+        checked = ", ".join(
+            f"{count} {what.removesuffix('s') if count == 1 else what}"
+            for what, count in report.get("checked", {}).items()
+        )
         if not findings:
             croft.say(f"{style.paint('all is in order', 'green')} ({checked} checked)")
         elif left and not args.repair:
