@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import PurePosixPath
 
 from undercroft.hypervisor.firmware import FirmwareFiles
@@ -10,11 +11,13 @@ from undercroft.hypervisor.plan import MachinePlan
 from undercroft.model.errors import InvalidError, UnsupportedError
 from undercroft.model.vm import DiskBus, Display, Firmware, Machine, NicModel
 
-__all__ = ["add_board", "check_plan", "machine_version", "needs_sata", "nvram_path"]
+__all__ = ["add_board", "check_plan", "kvm_group", "machine_version", "needs_sata", "nvram_path"]
 
 _X86 = ("x86_64", "i386")
 # MiB of translated code that TCG keeps. Boot times are the same from 32 to 512; memory is not.
 _TRANSLATION_CACHE = 256
+_KVM_DEVICE = "/dev/kvm"
+_TAKES_KVM_DEVICE = (9, 0, 0)
 
 
 def check_plan(plan: MachinePlan) -> None:
@@ -75,7 +78,7 @@ def add_board(line: Line, firmware: FirmwareFiles | None, tsc_khz: int | None) -
     plan = line.plan
     _add_machine(line, firmware)
     if plan.accelerator == "kvm":
-        line.add("-accel", "kvm")
+        line.add("-accel", _kvm(line))
         line.add("-cpu", plan.cpu_model or "host")
     else:
         line.option("-accel", "tcg", thread="multi", tb_size=_TRANSLATION_CACHE)
@@ -91,6 +94,24 @@ def add_board(line: Line, firmware: FirmwareFiles | None, tsc_khz: int | None) -
         _add_kernel(line, plan.kernel, tsc_khz)
     elif line.x86:
         line.add("-boot", "menu=off,strict=on")
+
+
+def _kvm(line: Line) -> str:
+    """KVM on a descriptor of its device, which QEMU has no right to open by itself; before 9.0 it
+    cannot take one, and is given the device's group instead (`kvm_group`)."""
+    if line.version < _TAKES_KVM_DEVICE:
+        return "kvm"
+    return f"kvm,device={line.file('kvm', _KVM_DEVICE, write=True)}"
+
+
+def kvm_group(plan: MachinePlan) -> int | None:
+    """The group that may open the KVM device, for a QEMU that runs as somebody else with KVM."""
+    if plan.accelerator != "kvm" or plan.uid is None:
+        return None
+    try:
+        return os.stat(_KVM_DEVICE).st_gid
+    except FileNotFoundError:
+        return None
 
 
 def _default_cpu(line: Line) -> str:

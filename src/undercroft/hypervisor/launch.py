@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from undercroft.hypervisor import sockets
-from undercroft.hypervisor.board import nvram_path
+from undercroft.hypervisor.board import kvm_group, nvram_path
 from undercroft.hypervisor.commandline import CommandLine
 from undercroft.hypervisor.firmware import FirmwareFiles
 from undercroft.hypervisor.line import Handle, HandleKind
@@ -84,6 +84,7 @@ def launch(plan: MachinePlan, line: CommandLine, firmware: FirmwareFiles | None)
                     mark=plan.directory,
                     uid=plan.uid,
                     gid=plan.gid,
+                    group=kvm_group(plan),
                 )
                 kept.pop_all()
                 return Launch(process, ours, helpers, connections)

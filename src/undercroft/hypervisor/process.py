@@ -199,16 +199,22 @@ def spawn(
     mark: str,
     uid: int | None = None,
     gid: int | None = None,
+    group: int | None = None,
 ) -> Process:
     """Starts a program that goes on when we die: in a session of its own, with nothing of ours
     but ``mark`` (see `MARK`), ``pass_fds`` and ``output`` (its stdout and stderr), under a private
-    file mode, without core dumps. ``uid`` and ``gid``: whom to run as, without any other group.
+    file mode, without core dumps. ``uid`` and ``gid``: whom to run as, without any other
+    group than ``group``.
 
     Blocks until the program is running. Raises OSError if it cannot be executed.
     """
     identity: dict[str, Any] = {}
     if uid is not None:
-        identity = {"user": uid, "group": gid if gid is not None else uid, "extra_groups": []}
+        identity = {
+            "user": uid,
+            "group": gid if gid is not None else uid,
+            "extra_groups": [] if group is None else [group],
+        }
     child = subprocess.Popen(
         argv,
         stdin=subprocess.DEVNULL,
