@@ -21,7 +21,7 @@ from undercroft.operations.context import new_event
 log = structlog.get_logger(__name__)
 
 FIRST_LOOKS = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between looks while there is no address
-STEADY_LOOK = 60.0
+STEADY_LOOK = 30.0
 ROOM_NEEDED = 256 << 20  # bytes that must be free before a VM that ran out of disk goes on
 ROOM_LOOK = 5.0
 
@@ -83,7 +83,7 @@ class Observer:
         self._agent_task = self.spawn(self._follow_agent())
 
     async def _follow_agent(self) -> None:
-        """Asks the agent for addresses: often at first, then once a minute."""
+        """Asks the agent for addresses: often at first, then twice a minute."""
         machine = self._machine
         if machine is None or machine.agent is None:
             return

@@ -144,6 +144,7 @@ async def _sample(vm: VM, machine: QemuMachine) -> VMSample | None:
         stats = await machine.stats()
     except UndercroftError:
         return None
+    received, sent = machine.agent.traffic if machine.agent is not None else (0, 0)
     return VMSample(
         vm=vm.meta.id,
         name=vm.meta.name,
@@ -153,4 +154,6 @@ async def _sample(vm: VM, machine: QemuMachine) -> VMSample | None:
         disk_write_bytes=stats.disk_write_bytes,
         disk_reads=stats.disk_reads,
         disk_writes=stats.disk_writes,
+        net_receive_bytes=received,
+        net_transmit_bytes=sent,
     )
