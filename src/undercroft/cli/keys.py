@@ -36,6 +36,15 @@ def known_hosts(environ: Mapping[str, str]) -> str:
     return os.path.join(base, "undercroft", "known_hosts")
 
 
+def only_own_key(environ: Mapping[str, str]) -> str | None:
+    """Croft's own private key, if the user has no other: ssh has to be told of it."""
+    ssh = os.path.join(home(environ), ".ssh")
+    if any(os.path.exists(os.path.join(ssh, name)) for name in _USUAL):
+        return None
+    own = own_key(environ)
+    return own if os.path.exists(own) else None
+
+
 def read_key(text: str) -> list[str]:
     """Public keys from a file (of a pair either half will do), or given as such.
 

@@ -214,6 +214,7 @@ def _ask_password() -> str:
 
 def _tell(croft: Croft, vm: Any, image: Any, took: float) -> None:
     """How it went, and how to get in."""
+    from undercroft.cli.keys import only_own_key
     from undercroft.cli.output import size as text
     from undercroft.cli.vms import forwards
 
@@ -237,7 +238,10 @@ def _tell(croft: Croft, vm: Any, image: Any, took: float) -> None:
     if ssh is not None and content.get("ssh"):
         user = dig(vm, "spec.guest.user")
         login = f"{user}@" if user else ""
-        by_hand = f"or: ssh -p {ssh['host_port']} {login}{ssh.get('host_address', '127.0.0.1')}"
+        own = only_own_key(croft.environ)
+        identity = f"-i {own} " if own and dig(vm, "spec.guest.ssh_keys") else ""
+        address = ssh.get("host_address", "127.0.0.1")
+        by_hand = f"or: ssh {identity}-p {ssh['host_port']} {login}{address}"
         ways.append(("shell", f"croft shell {name}", by_hand))
     if content.get("agent"):
         ways.append(("exec", f"croft exec {name} -- uname -a", ""))
