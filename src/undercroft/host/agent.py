@@ -32,6 +32,7 @@ from undercroft.store.interface import Change, Put, Transaction
 
 log = structlog.get_logger(__name__)
 
+RETRY_INTERVAL = 1.0  # seconds before the store is followed again after a fault
 WATCHED: tuple[type[Record], ...] = (VM, Image, Task)
 
 
@@ -54,7 +55,11 @@ class HostAgent:
         """Adopts what runs, ends what nobody owns, then follows the store."""
         await asyncio.to_thread(self.environment.directory.sweep)
         vms = await self.environment.store.list(VM)
-        known = {item.record.meta.id: item.record for item in vms.items}
+        known = {
+            item.record.meta.id: item.record
+            for item in vms.items
+            if item.record.spec.host == self.environment.host
+        }
         await asyncio.gather(*(self._adopt(vm) for vm in known.values()))
         await orphans.end_orphans(self.environment, self._owned())
         images = await self.environment.store.list(Image)
@@ -106,6 +111,8 @@ class HostAgent:
             task = found.record
             if task.status.state.final or task.meta.id in listed:
                 continue
+            if task.spec.host != self.environment.host:
+                continue
             error = UndercroftError(f"{task.spec.object.kind} {task.spec.object.name} is gone")
             await self.environment.store.transact(
                 Transaction(puts=[Put(final_status(task, now, error, False, None))])
@@ -128,11 +135,11 @@ class HostAgent:
                 revision = -1
             except UndercroftError as error:
                 log.error("following the store failed", code=error.code, error=error.message)
-                await asyncio.sleep(1.0)
+                await asyncio.sleep(RETRY_INTERVAL)
             except Exception:
                 log.exception("following the store failed")
                 revision = -1
-                await asyncio.sleep(1.0)
+                await asyncio.sleep(RETRY_INTERVAL)
 
     async def _list_again(self) -> int:
         """Takes note of all there is, after changes were missed; the revision to go on from."""
