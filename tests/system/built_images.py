@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -43,19 +44,28 @@ def built(name: str, build: Build, packages: list[str]) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        place = cache / f"{name}-{_key(packages)}"
+        place = cache / f"{name}-{_key(name, packages)}"
         if not place.exists():
-            for old in cache.glob(f"{name}-*"):
-                shutil.rmtree(old)
             _build(build, place)
+            _sweep(cache, name, place)
     return place / "files"
 
 
-def _key(packages: list[str]) -> str:
+def _sweep(cache: Path, name: str, keep: Path) -> None:
+    """Removes what was built before yesterday; younger ones may be in use by another run."""
+    for old in cache.glob(f"{name}-*"):
+        if old != keep and old.stat().st_mtime < time.time() - 86400:
+            shutil.rmtree(old)
+
+
+def _key(name: str, packages: list[str]) -> str:
     digest = hashlib.sha256()
     root = Path(undercroft.storage.__file__).parent
     sources = [root / "process.py", *(root / "build").rglob("*")]
+    others = {"tiny", "debian"} - {name.rstrip("0123456789")}
     for path in sorted(path for path in sources if path.is_file() and path.suffix != ".pyc"):
+        if any(part.startswith(tuple(others)) for part in path.relative_to(root).parts):
+            continue
         digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
     # Answered from the lists that apt has; no network.
     digest.update(

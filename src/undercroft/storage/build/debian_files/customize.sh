@@ -120,6 +120,25 @@ write etc/systemd/journald.conf.d/size.conf <<'END'
 [Journal]
 SystemMaxUse=64M
 END
+# Drivers that a VM has no use for, or only when asked (modprobe kvm_amd still loads it): udev would
+# load them at every boot, megabytes whose signatures are checked.
+write etc/modprobe.d/undercroft.conf <<'END'
+blacklist cfg80211
+blacklist kvm_amd
+blacklist kvm_intel
+blacklist iTCO_wdt
+blacklist i2c_i801
+blacklist lpc_ich
+blacklist pcspkr
+blacklist psmouse
+END
+# What cloud-init has to say goes to the journal, not into the midst of somebody's session.
+for unit in cloud-init cloud-config cloud-final; do
+	write "etc/systemd/system/$unit.service.d/quiet.conf" <<-'END'
+		[Service]
+		StandardOutput=journal
+	END
+done
 # Host keys where cloud-init has not made them.
 write etc/systemd/system/ssh.service.d/host-keys.conf <<'END'
 [Service]
