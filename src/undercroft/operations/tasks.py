@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from contextlib import aclosing
 
 import msgspec
@@ -33,24 +34,23 @@ class TaskOperations:
     async def wait(self, caller: Caller, id: str, timeout: float) -> Versioned[Task]:
         """The task once it is final, or as it is after ``timeout`` seconds."""
         found = await self.get(caller, id)
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 while not found.record.status.state.final:
-                    found = await self._next(caller, id, found)
-        except TimeoutError:
-            pass
+                    # Not from the task's own revision: history that far back may be gone.
+                    revision = await self._context.store.revision()
+                    found = await self.get(caller, id)
+                    if not found.record.status.state.final:
+                        await self._change(id, revision)
         return found
 
-    async def _next(self, caller: Caller, id: str, found: Versioned[Task]) -> Versioned[Task]:
-        try:
-            async with aclosing(self._context.store.watch([Task], found.revision)) as changes:
+    async def _change(self, id: str, revision: int) -> None:
+        """Waits until the task is written after this revision."""
+        with contextlib.suppress(CompactedError):
+            async with aclosing(self._context.store.watch([Task], revision)) as changes:
                 async for batch in changes:
-                    for change in batch.changes:
-                        if change.id == id and isinstance(change.record, Task):
-                            return Versioned(change.record, change.revision)
-        except CompactedError:
-            pass
-        return await self.get(caller, id)
+                    if any(change.id == id for change in batch.changes):
+                        return
 
     async def cancel(self, caller: Caller, id: str) -> Versioned[Task]:
         """Asks the task to stop; what cannot be undone any more is finished instead. A task that is

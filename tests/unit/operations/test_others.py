@@ -21,11 +21,11 @@ from undercroft.model.requests import (
     VMChange,
     VMCreate,
 )
-from undercroft.model.task import TaskState
+from undercroft.model.task import Task, TaskState
 from undercroft.model.vm import Power, VMState
 from undercroft.operations.access import PRIVILEGES, SYSTEM, VIEW, Caller
 from undercroft.operations.context import new_event
-from undercroft.store.interface import Claim, Put, Transaction
+from undercroft.store.interface import Claim, Delete, Put, Transaction
 
 
 async def content() -> AsyncIterator[bytes]:
@@ -168,6 +168,26 @@ async def test_many_wait_for_one(world: World) -> None:
     await asyncio.sleep(0)
     await world.done(task, VMState.STOPPED)
     assert {(await one).record.status.state for one in waiting} == {TaskState.SUCCEEDED}
+
+
+async def test_waiting_for_a_task_that_is_older_than_history(world: World) -> None:
+    task = await world.operations.vms.create(SYSTEM, VMCreate(name="a"))
+    await world.operations.vms.create(SYSTEM, VMCreate(name="b"))
+    await world.store.compact(0)
+    waiting = asyncio.create_task(world.operations.tasks.wait(SYSTEM, task.meta.id, 60))
+    await asyncio.sleep(0.01)
+    await world.store.compact(0)
+    await world.done(task, VMState.STOPPED)
+    assert (await waiting).record.status.state is TaskState.SUCCEEDED
+
+
+async def test_waiting_for_a_task_that_is_forgotten(world: World) -> None:
+    task = await world.operations.vms.create(SYSTEM, VMCreate(name="a"))
+    waiting = asyncio.create_task(world.operations.tasks.wait(SYSTEM, task.meta.id, 60))
+    await asyncio.sleep(0.01)
+    await world.store.transact(Transaction(deletes=[Delete(Task, task.meta.id)]))
+    with pytest.raises(NotFoundError):
+        await waiting
 
 
 async def test_cancelling(world: World) -> None:
