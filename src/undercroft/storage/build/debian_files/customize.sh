@@ -38,8 +38,10 @@ chroot "$root" grub-mkimage --format=i386-pc --output=/boot/grub/core.img \
 
 # --- Network: DHCP on every adapter, by systemd-networkd; nothing else speaks ---
 # cloud-init starts Python at each of its stages, which costs seconds without hardware
-# virtualization. The one before the network would only write what is written here already.
-chroot "$root" systemctl --quiet mask cloud-init-local.service
+# virtualization. The one before the network would only write what is written here already. (From
+# 24.3 on a single process serves all stages, and waits for each.)
+[ -e "$root/lib/systemd/system/cloud-init-main.service" ] ||
+	chroot "$root" systemctl --quiet mask cloud-init-local.service
 write etc/cloud/cloud.cfg.d/10_undercroft.cfg <<'END'
 datasource_list: [ NoCloud, None ]
 datasource:
@@ -133,7 +135,7 @@ blacklist pcspkr
 blacklist psmouse
 END
 # What cloud-init has to say goes to the journal, not into the midst of somebody's session.
-for unit in cloud-init cloud-config cloud-final; do
+for unit in cloud-init cloud-init-main cloud-config cloud-final; do
 	write "etc/systemd/system/$unit.service.d/quiet.conf" <<-'END'
 		[Service]
 		StandardOutput=journal
