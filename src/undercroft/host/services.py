@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
@@ -22,31 +23,37 @@ READ_SIZE = 64 << 10
 
 
 class SocketStream:
-    """A connected, non-blocking socket as a `ByteStream`."""
+    """A connected socket as a `ByteStream`. Closing it ends whatever waits on it."""
 
-    def __init__(self, connection: socket.socket) -> None:
-        self._socket = connection
-        self._closed = False
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    @classmethod
+    async def open(cls, connection: socket.socket) -> SocketStream:
+        """Takes a socket over."""
+        return cls(*await asyncio.open_connection(sock=connection, limit=READ_SIZE))
 
     async def read(self) -> bytes:
         """Some bytes; empty at the end."""
         try:
-            return await asyncio.get_running_loop().sock_recv(self._socket, READ_SIZE)
+            return await self._reader.read(READ_SIZE)
         except OSError:
             return b""
 
     async def write(self, data: bytes) -> None:
         """Sends bytes."""
         try:
-            await asyncio.get_running_loop().sock_sendall(self._socket, data)
+            self._writer.write(data)
+            await self._writer.drain()
         except OSError:
             raise WrongStateError("the display has gone away") from None
 
     async def close(self) -> None:
         """Ends it."""
-        if not self._closed:
-            self._closed = True
-            self._socket.close()
+        self._writer.close()
+        with contextlib.suppress(OSError):
+            await self._writer.wait_closed()
 
 
 class LocalHost:
@@ -105,7 +112,7 @@ class LocalHost:
 
     async def vnc(self, vm: VM) -> ByteStream:
         """Attaches to the display."""
-        return SocketStream(await self._machine(vm).vnc())
+        return await SocketStream.open(await self._machine(vm).vnc())
 
     async def log(self, vm: VM, limit: int) -> bytes:
         """The last bytes of console output."""
@@ -142,7 +149,7 @@ class LocalHost:
 async def _sample(vm: VM, machine: QemuMachine) -> VMSample | None:
     try:
         stats = await machine.stats()
-    except UndercroftError:
+    except (UndercroftError, OSError):
         return None
     received, sent = machine.agent.traffic if machine.agent is not None else (0, 0)
     return VMSample(

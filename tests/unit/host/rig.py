@@ -36,6 +36,7 @@ class FakeAgent:
     def __init__(self, answers: bool = False) -> None:
         self.answers = answers
         self.times = 0
+        self.traffic = (3, 4)
 
     async def ping(self, timeout: float = 1.0) -> bool:
         return self.answers
