@@ -25,7 +25,9 @@ def main(argv: list[str] | None = None) -> int:
             from undercroft.cli.complete import complete
 
             return complete(argv[1:])
-        return _run(argv)
+        code = _run(argv)
+        sys.stdout.flush()  # a reader who has gone shows here, and not when Python ends
+        return code
     except BrokenPipeError:
         # Whoever read our output has enough. Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -267,7 +267,9 @@ def _network(croft: Croft, vm: Any) -> str:
         return "none"
     kinds = {"user": "user-mode, a way out", "restricted": "restricted, no way out"}
     mode = ports[0].get("mode", "user")
-    texts = [*dig(vm, "status.addresses", ()), kinds.get(mode, mode)]
+    # Until the guest agent tells: what QEMU's own DHCP gives to the only guest of such a network.
+    addresses = dig(vm, "status.addresses") or ["10.0.2.15"]
+    texts = [*addresses, kinds.get(mode, mode)]
     shown = [
         f"{f.get('host_address', '127.0.0.1')}:{f['host_port']} {croft.out.arrow} {f['guest_port']}"
         + ("" if f.get("protocol", "tcp") == "tcp" else f"/{f['protocol']}")
