@@ -31,11 +31,11 @@ class Benchmark:
 
 
 BENCHMARKS = {
-    "start": Benchmark("start of a tiny VM, against QEMU by hand and libvirt", start.run, 15, 2),
-    "known": Benchmark("lists and memory with 1,000 VMs, against libvirt", known.run, 31, 5),
-    "api": Benchmark("the API on one core", inside.api, 5, 1),
+    "start": Benchmark("start of a tiny VM, against QEMU by hand and libvirt", start.run, 9, 3),
+    "known": Benchmark("lists and memory with 1,000 VMs, against libvirt", known.run, 21, 5),
+    "api": Benchmark("the API on one core", inside.api, 3, 1),
     "store": Benchmark("the store, against the same SQL by hand", inside.store, 3, 1),
-    "cycle": Benchmark("20 tiny VMs at once: whose processor time it takes", cycle.run, 3, 1),
+    "cycle": Benchmark("20 tiny VMs at once: whose processor time it takes", cycle.run, 2, 1),
 }
 
 

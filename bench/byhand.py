@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from bench.console import Listener
+from bench.processes import cpu_seconds
 from undercroft.hypervisor.commandline import CommandLine, command_line
 from undercroft.hypervisor.emulator import find_emulator
 from undercroft.hypervisor.launch import read_plan
@@ -44,8 +45,9 @@ class ByHand:
             raise RuntimeError(f"the QEMU with pid {pid} has another command line than its plan")
         return cls(plan, line, directory)
 
-    def start(self, ready: bytes) -> float:
-        """Seconds from executing QEMU to the line on its console; it is gone again afterwards."""
+    def start(self, ready: bytes, cpu: list[float]) -> float:
+        """Seconds from executing QEMU to the line on its console; what processor time QEMU had
+        used by then is added to ``cpu``. It is gone again afterwards."""
         with contextlib.ExitStack() as stack:
             numbers: dict[str, int] = {}
             console: Listener | None = None
@@ -69,7 +71,9 @@ class ByHand:
                 stderr=subprocess.DEVNULL,
             )
             try:
-                return console.wait_for(ready) - began
+                took = console.wait_for(ready) - began
+                cpu.append(cpu_seconds(process.pid)[0])
+                return took
             finally:
                 process.kill()
                 process.wait()

@@ -46,7 +46,7 @@ def run(directory: Path, runs: int) -> list[Section]:
         _expect(execute(ours.command("ls")), names)
         sides["version"] = lambda: timed(ours.command("--version"))
         found = alternate(runs, sides)
-        processor = {name: Series(tuple(values)) for name, values in cpu.items() if values}
+        processor = {name: Series(tuple(v[-runs:])) for name, v in cpu.items() if v}
         time.sleep(1.0)  # whatever was begun for the last request is over
         ours_memory = memory(ours.pid)
         peer_memory = None if peer is None else memory(peer.pid)

@@ -18,7 +18,7 @@ from pathlib import Path
 from xml.sax.saxutils import escape, quoteattr
 
 from bench.console import Listener
-from bench.processes import clean_environment, die_with_parent, run
+from bench.processes import clean_environment, cpu_seconds, die_with_parent, run
 from undercroft.hypervisor.commandline import CommandLine
 from undercroft.hypervisor.plan import MachinePlan
 
@@ -104,18 +104,19 @@ class Libvirt:
                 log = (self.base / "log").read_text(errors="replace").strip()
                 raise Unavailable(f"libvirtd does not run: {log[-1000:]}")
             time.sleep(0.1)
-        self.pid = self._find()
+        self.pid = self._find("libvirtd")
 
-    def _find(self) -> int:
-        """The daemon's pid as we see it: a child of the first process in its namespace."""
+    def _find(self, name: str) -> int:
+        """The pid, as we see it, of the process in its namespace that runs this program."""
         pids = [self._init.pid]
         while pids:
             pid = pids.pop()
-            if Path(f"/proc/{pid}/comm").read_text().strip() == "libvirtd":
+            program = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()
+            if Path(program).name == name:
                 return pid
             text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
             pids += [int(child) for child in text.split()]
-        raise Unavailable("libvirtd cannot be found among its own processes")
+        raise Unavailable(f"no {name} runs there")
 
     def define(self, name: str, xml: str) -> None:
         """Makes a domain known."""
@@ -123,9 +124,10 @@ class Libvirt:
         path.write_text(xml)
         run(self.virsh("define", str(path)))
 
-    def start(self, name: str, serial: Path, line: bytes) -> float:
-        """Seconds from executing ``virsh start`` to the line on the domain's console; the domain
-        is gone again afterwards."""
+    def start(self, name: str, serial: Path, line: bytes, cpu: list[float]) -> float:
+        """Seconds from executing ``virsh start`` to the line on the domain's console; what
+        processor time its QEMU had used by then is added to ``cpu``. The domain is gone again
+        afterwards."""
         with Listener(serial) as console:
             began = time.perf_counter()
             process = subprocess.Popen(
@@ -135,7 +137,9 @@ class Libvirt:
                 env=clean_environment(),
             )
             try:
-                return console.wait_for(line) - began
+                took = console.wait_for(line) - began
+                cpu.append(cpu_seconds(self._find("qemu-system-x86_64"))[0])
+                return took
             finally:
                 if process.wait() == 0:
                     run(self.virsh("destroy", name))

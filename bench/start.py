@@ -14,7 +14,7 @@ from bench.byhand import ByHand
 from bench.console import LIMIT
 from bench.figures import Figure, Section, Series, Unit, alternate
 from bench.installation import Installation, installation
-from bench.processes import clean_environment
+from bench.processes import clean_environment, cpu_seconds
 from undercroft.client.client import Client
 from undercroft.model.requests import StopRequest
 from undercroft.storage.build.tiny import READY_LINE
@@ -65,20 +65,24 @@ def run(directory: Path, runs: int) -> list[Section]:
         client = stack.enter_context(ours.client)
         by_hand = _learn(ours, client, directory)
         phases = Phases()
+        cpu: dict[str, list[float]] = {"ours": [], "by hand": [], "libvirt": []}
         sides = {
-            "ours": lambda: _start(ours, client, phases),
-            "by hand": lambda: by_hand.start(_READY),
+            "ours": lambda: _start(ours, client, phases, cpu["ours"]),
+            "by hand": lambda: by_hand.start(_READY, cpu["by hand"]),
         }
         missing = ""
         try:
             peer = _libvirt(stack, directory, by_hand)
-            sides["libvirt"] = lambda: peer.start(_VM, directory / "libvirt-serial", _READY)
+            sides["libvirt"] = lambda: peer.start(
+                _VM, directory / "libvirt-serial", _READY, cpu["libvirt"]
+            )
         except libvirt.Unavailable as error:
             missing = str(error)
         found = alternate(runs, sides)
         phases.parts = {name: values[-runs:] for name, values in phases.parts.items()}
+        used = {name: Series(tuple(values[-runs:])) for name, values in cpu.items() if values}
         client.vms.remove(_VM, force=True)
-    return [_against_hand(found, phases), _against_libvirt(found, missing)]
+    return [_against_hand(found, used, phases), _against_libvirt(found, used, missing)]
 
 
 def _learn(ours: Installation, client: Client, directory: Path) -> ByHand:
@@ -95,9 +99,10 @@ def _stop(client: Client) -> None:
     client.tasks.wait(client.vms.stop(_VM, StopRequest(force=True)), LIMIT)
 
 
-def _start(ours: Installation, client: Client, phases: Phases) -> float:
+def _start(ours: Installation, client: Client, phases: Phases, cpu: list[float]) -> float:
     """Seconds from executing ``croft start`` to the line, which is read through the console API
-    as soon as croft has exited, with all that was said before."""
+    as soon as croft has exited, with all that was said before. What processor time QEMU had used
+    by then is added to ``cpu``."""
     # Wall-clock time too: that is what the daemon writes down.
     wall, began = time.time(), time.perf_counter()
     process = subprocess.Popen(
@@ -121,6 +126,7 @@ def _start(ours: Installation, client: Client, phases: Phases) -> float:
     task = max(client.tasks.list(), key=lambda task: task.meta.created)
     assert task.spec.verb == "vm.start"
     assert vm.status.instance is not None
+    cpu.append(cpu_seconds(vm.status.instance.pid)[0])
     started, executed = task.status.started or 0.0, vm.status.instance.started
     finished = task.status.finished or 0.0
     phases.add(
@@ -143,7 +149,13 @@ def _libvirt(stack: contextlib.ExitStack, directory: Path, by_hand: ByHand) -> l
     return peer
 
 
-def _against_hand(found: dict[str, Series], phases: Phases) -> Section:
+def _processor_time(used: dict[str, Series], peer: str) -> Figure:
+    """Hardly depends on what else the machine does."""
+    what = "of that, processor time of QEMU"
+    return Figure(what, "", used["ours"], Unit.SECONDS, None, used.get(peer))
+
+
+def _against_hand(found: dict[str, Series], used: dict[str, Series], phases: Phases) -> Section:
     ours, peer = found["ours"], found["by hand"]
     most = max(peer.median * _MOST, peer.median + _OR_MORE)
     figure = Figure(
@@ -160,13 +172,13 @@ def _against_hand(found: dict[str, Series], phases: Phases) -> Section:
         "From executing `croft start` to the guest's line on the serial console, read through the "
         "API's console; by hand from executing QEMU, with the argument list of the VM's own "
         "process, to the same line.",
-        [figure],
+        [figure, _processor_time(used, "by hand")],
         "QEMU by hand",
         [phases.table()],
     )
 
 
-def _against_libvirt(found: dict[str, Series], missing: str) -> Section:
+def _against_libvirt(found: dict[str, Series], used: dict[str, Series], missing: str) -> Section:
     ours, peer = found["ours"], found.get("libvirt")
     figure = Figure(
         "`croft start` of the tiny VM to its userspace",
@@ -181,7 +193,7 @@ def _against_libvirt(found: dict[str, Series], missing: str) -> Section:
         "Start, against libvirt",
         "The same runs; `virsh start` of a domain with the same kernel, board and devices at the "
         "same places, from executing virsh to the line on a serial port that is a socket of ours.",
-        [figure],
+        [figure, _processor_time(used, "libvirt")],
         "libvirt",
         [f"libvirt was not measured: {missing}."] if missing else [],
     )
