@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from undercroft.cli.output import ago, dig, fields, local_time, size
+from undercroft.cli.output import ago, cpus, dig, fields, local_time, size
 from undercroft.cli.vms import forwards, port_text
 from undercroft.client.raw import quote
 
@@ -35,8 +35,8 @@ def vm_detail(croft: Croft, vm: Any) -> str:
         ("memory", size(dig(vm, "spec.memory"))),
     ]
     if instance and instance.get("generation") != dig(vm, "meta.generation"):
-        running = f"{instance.get('cpus')} CPUs, {size(instance.get('memory'))}"
-        wanted = f"{dig(vm, 'spec.cpus')} CPUs, {size(dig(vm, 'spec.memory'))}"
+        running = f"{cpus(instance.get('cpus'))}, {size(instance.get('memory'))}"
+        wanted = f"{cpus(dig(vm, 'spec.cpus'))}, {size(dig(vm, 'spec.memory'))}"
         if running != wanted:
             pairs.append(("", f"runs with {running}; the rest comes with: croft restart {name}"))
     pairs += [("disk", text) for text in _disks(croft, vm)]
@@ -169,7 +169,7 @@ def image_detail(croft: Croft, image: Any) -> str:
         ]
         pairs.append(("has", ", ".join(has)))
         defaults = content.get("defaults") or {}
-        shape = f"{defaults.get('cpus', 1)} CPUs, {size(defaults.get('memory'))}"
+        shape = f"{cpus(defaults.get('cpus', 1))}, {size(defaults.get('memory'))}"
         shape += f", {defaults.get('machine')}, {defaults.get('firmware')} boot"
         if defaults.get("user"):
             shape += f", user {defaults['user']}"

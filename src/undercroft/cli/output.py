@@ -238,6 +238,11 @@ def elapsed(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 100 else ago(seconds)
 
 
+def cpus(count: Any) -> str:
+    """A number of CPUs: ``1 CPU``, ``2 CPUs``."""
+    return f"{count} CPU" if count == 1 else f"{count} CPUs"
+
+
 def size(value: int | float | None) -> str:
     """A size in bytes for people."""
     if value is None:

@@ -215,13 +215,13 @@ def _ask_password() -> str:
 def _tell(croft: Croft, vm: Any, image: Any, took: float) -> None:
     """How it went, and how to get in."""
     from undercroft.cli.keys import only_own_key
+    from undercroft.cli.output import cpus
     from undercroft.cli.output import size as text
     from undercroft.cli.vms import forwards
 
     style = croft.out
     name = str(dig(vm, "meta.name"))
-    cpus = dig(vm, "spec.cpus", 1)
-    shape = f"{cpus} CPU{'s' if cpus > 1 else ''}, {text(dig(vm, 'spec.memory'))}"
+    shape = f"{cpus(dig(vm, 'spec.cpus'))}, {text(dig(vm, 'spec.memory'))}"
     if image is not None:
         shape += f", {dig(image, 'meta.name')}"
     state = str(dig(vm, "status.state"))

@@ -28,6 +28,7 @@ _ESCAPES = re.compile(
     rb"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[ -/]*[0-OQ-WYZ\\`-~]"
 )
 _UNFINISHED = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*|[\]PX^_][^\x07\x1b]{0,4096}\x1b?|[ -/]*)?\Z")
+_RETURNS = re.compile(rb"\r+\n?")  # a bare one draws a line anew: progress bars
 _CONTROLS = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
@@ -85,29 +86,30 @@ class PlainText:
     reader's terminal, and with simple line ends. Takes pieces as they come."""
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._rest = b""  # the beginning of an escape sequence
+        self._return = b""  # a carriage return that may belong to the line break that follows
 
     def feed(self, data: bytes) -> bytes:
         """What of the output so far can be shown."""
         data = self._rest + data
-        cut = len(data)
-        if match := _UNFINISHED.search(data):
-            cut = match.start()
-        elif data.endswith(b"\r"):
-            cut -= 1
+        unfinished = _UNFINISHED.search(data)
+        cut = unfinished.start() if unfinished else len(data)
         self._rest = data[cut:]
-        return _plain(data[:cut])
+        text = self._return + _ESCAPES.sub(b"", data[:cut])
+        kept = text.rstrip(b"\r")
+        self._return = b"\r" if len(kept) < len(text) else b""
+        return _plain(kept)
 
     def end(self) -> bytes:
         """What was held back."""
-        rest, self._rest = self._rest, b""
-        return _plain(rest)
+        text = self._return + _ESCAPES.sub(b"", self._rest)
+        self._rest = self._return = b""
+        return _plain(text)
 
 
-def _plain(data: bytes) -> bytes:
-    text = _ESCAPES.sub(b"", data)
-    text = re.sub(rb"\r+\n", b"\n", text)
-    return _CONTROLS.sub(b"", text.replace(b"\r", b"\n"))
+def _plain(text: bytes) -> bytes:
+    text = _RETURNS.sub(b"\n", text)
+    return _CONTROLS.sub(b"", text)
 
 
 def parse_key(text: str) -> int:
