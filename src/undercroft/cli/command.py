@@ -31,12 +31,13 @@ class Command:
     """One command of croft. A subclass says what it takes and does it.
 
     ``description`` is a paragraph for ``--help``; ``examples`` are pairs of a command line and what
-    it is good for. ``mixed``: options may stand between the names.
+    it is good for. ``program``: what follows ``--``, or the first name, is passed on as
+    ``args.argv``; elsewhere options may stand between the names.
     """
 
     description = ""
     examples: tuple[tuple[str, str], ...] = ()
-    mixed = True
+    program = False
 
     def arguments(self, parser: Parser) -> None:
         """Declares what the command takes."""
@@ -103,12 +104,32 @@ def add_globals(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-h", "--help", action="store_true", default=hidden, help="explain")
 
 
-def build(words: str, command: Command) -> Parser:
-    """The parser of a command."""
+def build(words: str, command: Command, program: bool = True) -> Parser:
+    """The parser of a command; without ``program`` it does not expect one."""
     parser = Parser(words)
     command.arguments(parser)
+    if command.program and program:
+        parser.add_argument("argv", nargs="...", metavar="PROGRAM…", help="after --")
     add_globals(parser)
     return parser
+
+
+def parse(words: str, command: Command, rest: list[str], given: dict[str, object]) -> Namespace:
+    """Reads what follows a command's name; ``given`` is what was said before it.
+
+    Raises:
+        UsageError: it makes no sense.
+    """
+    if not command.program:
+        return build(words, command).parse_intermixed_args(rest, Namespace(**given))
+    if "--" in rest:
+        cut = rest.index("--")
+        parser = build(words, command, program=False)
+        args, more = parser.parse_known_intermixed_args(rest[:cut], Namespace(**given))
+        if not more:
+            args.argv = rest[cut + 1 :]
+            return args
+    return build(words, command).parse_args(rest, Namespace(**given))
 
 
 def split_globals(argv: list[str]) -> tuple[dict[str, object], list[str]]:

@@ -43,7 +43,7 @@ class Exec(Command):
         ("croft exec db1 -- psql -f - < dump.sql", "with input"),
         ("croft exec --timeout 1h web1 -- apt-get -y upgrade", "a long one"),
     )
-    mixed = False
+    program = True
 
     def arguments(self, parser: Parser) -> None:
         parser.add_argument(
@@ -72,10 +72,9 @@ class Exec(Command):
         )
         parser.add_argument("-n", "--no-stdin", action="store_true", help="pass no input on")
         add_names(parser, plural=False)
-        parser.add_argument("argv", nargs="...", metavar="PROGRAM…", help="after --")
 
     def run(self, croft: Croft, args: Namespace) -> int:
-        argv = args.argv[1:] if args.argv[:1] == ["--"] else args.argv
+        argv: list[str] = args.argv
         if not argv:
             raise UsageError(
                 "croft exec needs a program to run", f"croft exec {args.name} -- uname -a"

@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    from undercroft.cli.command import build, split_globals
+    from undercroft.cli.command import parse, split_globals
 
     croft = Croft(json="--json" in argv)
     try:
@@ -51,20 +51,13 @@ def _run(argv: list[str]) -> int:
             return _no_command(croft, rest)
         words, rest = found
         command = load(words)()
-        parser = build(words, command)
-        from undercroft.cli.command import Namespace
-
-        namespace = Namespace(**given)
         before = rest[: rest.index("--")] if "--" in rest else rest
-        if {"-h", "--help"}.intersection(before if command.mixed else before[:1]):
+        if {"-h", "--help"}.intersection(before[:1] if command.program else before):
             from undercroft.cli.help import explain
 
             explain(croft, words)
             return errors.OK
-        if command.mixed:
-            args = parser.parse_intermixed_args(rest, namespace)
-        else:
-            args = parser.parse_args(rest, namespace)
+        args = parse(words, command, rest, given)
         croft = _context(vars(args))
         return command.run(croft, args)
     except errors.UsageError as error:

@@ -40,7 +40,7 @@ class Shell(Command):
         ("croft shell web1 -- systemctl status", "one command, with a terminal"),
         ("croft shell web1 --ssh '-A -L 5432:localhost:5432'", "with options for ssh"),
     )
-    mixed = False
+    program = True
 
     def arguments(self, parser: Parser) -> None:
         parser.add_argument("-u", "--user", help="account to log in to (default: the VM's)")
@@ -53,11 +53,10 @@ class Shell(Command):
             help="for a guest that still boots (default: 90s)",
         )
         add_names(parser, plural=False)
-        parser.add_argument("argv", nargs="...", metavar="PROGRAM…", help="after --")
 
     def run(self, croft: Croft, args: Namespace) -> int:
         vm = croft.api.get(f"/v1/vms/{quote(args.name)}")
-        argv = args.argv[1:] if args.argv[:1] == ["--"] else args.argv
+        argv: list[str] = args.argv
         name, state = str(dig(vm, "meta.name")), str(dig(vm, "status.state"))
         if state != "running":
             from undercroft.model.errors import WrongStateError

@@ -31,6 +31,9 @@ EXEC = ("POST", "/v1/vms/web1/exec")
         (["web1", "uname", "-a"], ["uname", "-a"]),
         (["web1", "--", "sh", "-c", "a --help --json"], ["sh", "-c", "a --help --json"]),
         (["web1", "ls", "--", "-x"], ["ls", "--", "-x"]),
+        (["web1", "-e", "A=1", "--", "env", "-e"], ["env", "-e"]),
+        (["web1", "ls", "-e"], ["ls", "-e"]),
+        (["web1", "--", "--", "x"], ["--", "x"]),
     ],
 )
 def test_the_program_is_passed_on_as_it_is(croft, api, words, argv):
@@ -81,6 +84,8 @@ def test_exit_codes_of_failures(croft, api, answer, code):
 
 
 def test_without_a_program(croft, api):
+    assert croft("exec").code == 2
+    assert croft("exec", "--", "ls").code == 2
     assert croft("exec", "web1").code == 2
     assert croft("exec", "web1", "--").code == 2
 
