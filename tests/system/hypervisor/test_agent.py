@@ -23,6 +23,7 @@ async def with_agent(lab: Lab) -> tuple[Guest, GuestAgent]:
     agent = guest.machine.agent
     assert agent is not None
     await eventually(agent.ping)
+    await guest.settled()
     return guest, agent
 
 

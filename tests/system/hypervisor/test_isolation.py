@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import subprocess
@@ -54,9 +55,6 @@ async def test_runs_as_nobody_with_nothing_readable(lab: Lab) -> None:
     assert int(found["CapEff"], 16) == 0
     assert guest.machine.instance.uid == NOBODY
     assert await guest.run("echo written > /dev/vda; sync; head -n 1 /dev/vda") == "written"
-    limits = Path(f"/proc/{guest.machine.instance.pid}/limits").read_text()
-    core = next(line for line in limits.splitlines() if line.startswith("Max core"))
-    assert core.split()[4:6] == ["0", "0"]
     environment = Path(f"/proc/{guest.machine.instance.pid}/environ").read_bytes()
     assert b"HOME" not in environment
     assert os.getsid(guest.machine.instance.pid) == guest.machine.instance.pid
@@ -98,20 +96,22 @@ async def test_restricted_network_lets_in_only(lab: Lab) -> None:
         guest = await lab.boot(ports=(port,))
         await guest.settled()
         await guest.run("while ! ip addr show eth0 | grep -q 10.0.2; do sleep 0.2; done")
-        await guest.run("(while true; do echo f''rom-inside | nc -l -p 7777; done) &")
-        reader, writer = await eventually_connected(number)
-        assert (await asyncio.wait_for(reader.readline(), 30)).strip() == b"from-inside"
-        writer.close()
+        await guest.run("(while true; do echo f''rom-inside | nc -l -p 7777; done) & true")
+        await eventually(lambda: says(number, b"from-inside\n"))
         target = outside.getsockname()[1]
         await guest.run(f"nc -w 2 10.0.2.2 {target} < /dev/null")
         with pytest.raises(BlockingIOError):
             outside.accept()
 
 
-async def eventually_connected(
-    number: int,
-) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    return await asyncio.wait_for(asyncio.open_connection("127.0.0.1", number), 30)
+async def says(number: int, wanted: bytes) -> bool:
+    """Connects to a forwarded port. QEMU accepts at once, whoever listens in the guest."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", number)
+    with contextlib.suppress(OSError, TimeoutError):
+        async with asyncio.timeout(10):
+            return await reader.readline() == wanted
+    writer.close()
+    return False
 
 
 @pytest.mark.skipif(not has_uefi(False), reason="no UEFI firmware installed")

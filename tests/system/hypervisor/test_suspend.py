@@ -21,6 +21,7 @@ def left(path: Path) -> set[str]:
 async def test_round_trip(lab: Lab, tmp_path: Path) -> None:
     disk = lab.disk("disk.qcow2", 16 << 20)
     guest = await lab.boot(disks=(disk,))
+    await guest.settled()
     await guest.run("echo kept > /tmp/memory; echo on''disk > /dev/vda; sync")
     path = tmp_path / "suspend.state"
     shares: list[float] = []
@@ -106,6 +107,7 @@ async def test_host_without_space_pauses_the_guest(lab: Lab, small_disk: Path) -
     """It goes on where it stopped once there is room; the guest sees no error."""
     disk = lab.disk("small/disk.qcow2", 64 << 20)
     guest = await lab.boot(disks=(disk,))
+    await guest.settled()
     filler = fill(small_disk)
     await guest.type(
         "dd if=/dev/urandom of=/tmp/x bs=64k count=32 2> /dev/null; "
