@@ -17,6 +17,7 @@ from undercroft.model.errors import (
     UndercroftError,
     error_classes,
 )
+from undercroft.store.datadir import DataDirectory
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def ensure_daemon(croft: Croft, transport: Transport) -> Connection:
 
     Raises:
         DaemonError: it did not start, or does not answer.
+        DataError: that is no data directory, or one of a newer version.
         ForbiddenError: the data directory belongs to somebody else.
         UndercroftError: whatever the daemon itself refused to start with.
     """
@@ -48,6 +50,7 @@ def ensure_daemon(croft: Croft, transport: Transport) -> Connection:
         log = os.path.join(croft.data, "daemon.log")
         if _held(os.path.join(croft.data, "daemon.lock")):
             return _wait(transport, None, log, 0, deadline)
+        DataDirectory.open(croft.data)  # says at once if that is no place for a daemon
         offset = os.path.getsize(log) if os.path.exists(log) else 0
         process = _spawn(croft, log)
         connection = _wait(transport, process, log, offset, deadline)

@@ -12,7 +12,7 @@ import pytest
 
 from undercroft.cli import spawn
 from undercroft.cli.context import Croft
-from undercroft.model.errors import DaemonError, DataNewerError, ForbiddenError
+from undercroft.model.errors import DaemonError, DataError, DataNewerError, ForbiddenError
 
 # Stands in for the daemon: holds the lock, listens, and answers nobody.
 DAEMON = """
@@ -136,6 +136,15 @@ def test_its_own_reason_is_passed_on(data, started):
         Croft().connect()
     assert caught.value.message == "it has layout 9"
     assert caught.value.action == "get a newer one"
+
+
+def test_a_directory_that_is_somebody_elses_stays_as_it_is(data, started):
+    (data / "thesis.tex").touch()
+    with pytest.raises(DataError, match="not a data directory"):
+        Croft().connect()
+    _, running = started
+    assert running == []
+    assert [path.name for path in data.iterdir()] == ["thesis.tex"]
 
 
 def test_without_a_reason_its_last_words_are_shown(data, started):
