@@ -53,10 +53,15 @@ class Events(Command):
         if not items and not args.follow:
             croft.note("nothing happened yet")
         if args.follow:
+            from undercroft.client.raw import problem_error
             from undercroft.client.streams import follow
 
             after: dict[str, object] = {"after": page["revision"]}
             for message in follow(croft.api, "/v1/events/stream", after, "after"):
+                if message.event == "error":
+                    raise problem_error(str(croft.endpoint), 500, message.data.encode())
+                if message.event != "message":
+                    continue  # only where the stream is
                 event = json.loads(message.data)
                 about = (dig(event, "object.name"), dig(event, "object.id"))
                 if args.object is None or args.object in about:

@@ -136,13 +136,23 @@ def test_following_events(croft, api):
     lines = [f"id: 8\ndata: {json.dumps(event(text, name))}\n\n" for text, name in (
         ("second", "web1"), ("of another", "web2"), ("third", "web1"),
     )]  # fmt: skip
-    answers = iter(["".join(lines).encode()])
+    begin = "id: 7\nevent: start\ndata: {}\n\n"
+    answers = iter([(begin + "".join(lines)).encode()])
     gone = problem(410, "compacted", "history is gone")
     api.routes["GET", "/v1/events/stream"] = lambda call: next(answers, gone)
     done = croft("events", "--follow", "web1")
     assert done.code == 1  # the stand-in ends the stream by an error
     assert [line.split()[-2] for line in done.out.splitlines()] == ["first", "second", "third"]
     assert api.sent("GET", "/v1/events/stream")[0].query["after"] == "7"
+
+
+def test_following_into_an_error(croft, api):
+    api.routes["GET", "/v1/events"] = page(revision=7)
+    text = json.dumps(problem(410, "compacted", "history is gone")[1])
+    api.routes["GET", "/v1/events/stream"] = f"event: error\ndata: {text}\n\n".encode()
+    done = croft("events", "--follow")
+    assert done.code == 1
+    assert "history is gone (compacted)" in done.err
 
 
 def test_host(croft, api):
