@@ -14,10 +14,9 @@ from pathlib import Path
 from bench import cycle, inside, known, start
 from bench.figures import Section
 from bench.processes import adopt_orphans, end_children, terminate_is_interrupt
-from bench.report import busy_share, conditions, render, text
+from bench.report import QUIET, busy_share, conditions, render, text
 
 _REPORT = Path(__file__).parent.parent / "docs/benchmarks.md"
-_QUIET = 0.10  # share of the processors that others may use when a full run begins
 
 
 @dataclass(frozen=True)
@@ -101,9 +100,9 @@ def _parse() -> argparse.Namespace:
 def _wait_quiet(limit: float) -> float:
     """Waits until others use little of the processors; how much they use now."""
     deadline = time.monotonic() + limit
-    while (busy := busy_share()) > _QUIET and time.monotonic() < deadline:
+    while (busy := busy_share()) > QUIET and time.monotonic() < deadline:
         pass
-    if busy > _QUIET:
+    if busy > QUIET:
         _tell(f"warning: {busy * 100:.0f} % of the processors are busy with other things")
     return busy
 
