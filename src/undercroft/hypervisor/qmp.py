@@ -80,6 +80,8 @@ class Monitor:
         self._client = _Client(on_event, on_close)
         self._socket: socket.socket | None = None
         self._descriptors = asyncio.Lock()
+        # A failing connect() disconnects by itself, and the library cannot do that twice at once.
+        self._session = asyncio.Lock()
 
     @property
     def version(self) -> tuple[int, int, int]:
@@ -103,7 +105,7 @@ class Monitor:
         """
         self._socket = connection
         try:
-            async with asyncio.timeout(timeout):
+            async with self._session, asyncio.timeout(timeout):
                 await self._client.connect(connection)
         except TimeoutError as error:
             connection.close()
@@ -173,5 +175,6 @@ class Monitor:
 
     async def close(self) -> None:
         """Ends the session; QEMU goes on."""
-        with contextlib.suppress(QMPError, EOFError, OSError):
-            await self._client.disconnect()
+        async with self._session:
+            with contextlib.suppress(QMPError, EOFError, OSError):
+                await self._client.disconnect()

@@ -25,11 +25,11 @@ def port(number: int) -> PlanPort:
 
 async def failing(lab: Lab, plan: MachinePlan) -> QemuStartError:
     """The error; and that this process and the disk are as before."""
-    before = open_descriptors()
+    before, files = open_descriptors(), lab.left_behind()
     with pytest.raises(QemuStartError) as caught:
         await lab.start(plan)
     assert len(open_descriptors()) == len(before)
-    assert lab.left_behind() == []
+    assert lab.left_behind() == files
     assert processes_mentioning(plan.uuid) == []
     assert caught.value.object == f"vm {plan.name}"
     return caught.value
@@ -50,7 +50,7 @@ async def test_port_taken(lab: Lab) -> None:
         ({"cpu_model": "no-such-cpu"}, "no-such-cpu"),
         ({"machine_version": "99.0"}, "pc-q35-99.0"),
         ({"memory": 1 << 50}, "memory"),
-        ({"disks": (PlanDisk(path="/dev/null", format=DiskFormat.QCOW2),)}, "qcow2"),
+        ({"disks": (PlanDisk(path="/dev/null", format=DiskFormat.QCOW2),)}, "a regular file"),
     ],
 )
 async def test_qemu_has_the_last_word(lab: Lab, changes: dict[str, Any], words: str) -> None:
