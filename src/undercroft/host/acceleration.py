@@ -6,10 +6,15 @@ import asyncio
 import platform
 from pathlib import Path
 
+import structlog
+
 from undercroft.hypervisor.accelerator import Acceleration, probe
 from undercroft.hypervisor.emulator import Emulator
 from undercroft.hypervisor.installed import installed_emulators
+from undercroft.model.errors import UndercroftError
 from undercroft.model.host import AcceleratorStatus
+
+log = structlog.get_logger(__name__)
 
 _NATIVE = {"x86_64": ("x86_64", "i386"), "aarch64": ("aarch64",)}
 
@@ -28,9 +33,12 @@ class HostAcceleration:
         self._probing = asyncio.create_task(self._probe(self._emulators))
 
     async def _probe(self, emulators: asyncio.Task[tuple[Emulator, ...]]) -> Acceleration | None:
-        for emulator in await emulators:
-            if emulator.arch == "x86_64":
-                return await probe(emulator, self._cache)
+        try:
+            for emulator in await emulators:
+                if emulator.arch == "x86_64":
+                    return await probe(emulator, self._cache)
+        except (UndercroftError, OSError) as error:  # emulation works all the same
+            log.warning("looking for accelerators failed", error=str(error))
         return None
 
     async def emulators(self) -> tuple[Emulator, ...]:

@@ -105,7 +105,8 @@ class VMActor:
     @property
     def accounts_for_process(self) -> bool:
         """Whether a process of this VM is known, or may just be coming or going."""
-        return self.machine is not None or self.unreachable or self._busy
+        coming_or_going = self._busy and not self._ended
+        return self.machine is not None or self.unreachable or coming_or_going
 
     async def close(self) -> None:
         """Lets go of the VM, which runs on."""

@@ -95,7 +95,8 @@ async def _start_again(actor: VMActor, vm: VM) -> float:
         outcome = await actor.verbs["vm.start"](actor, vm, TaskRun(actor.environment, task))
     except Exception as caught:
         error = caught if isinstance(caught, UndercroftError) else unexpected(caught, vm)
-        log.warning("starting again failed", vm=vm.meta.name, exc_info=caught)
+        fault = caught if error is not caught else None
+        log.warning("starting again failed", vm=vm.meta.name, error=error.message, exc_info=fault)
         message = error.message
         again = vm.status.restarts < exits.MAX_RESTARTS
 

@@ -77,6 +77,11 @@ class FakeMachine:
     async def wait_exit(self) -> ExitReport:
         return await asyncio.shield(self._end)
 
+    @property
+    def over(self) -> bool:
+        """Whether it has ended."""
+        return self._end.done()
+
     def ends(self, hint: str, **values: Any) -> None:
         """It ends, for whatever reason."""
         self.run_state = RunState.ENDED
