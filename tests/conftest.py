@@ -3,6 +3,11 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# A machine may be busy: how long an example takes proves nothing.
+settings.register_profile("undercroft", deadline=None)
+settings.load_profile("undercroft")
 
 TESTS = Path(__file__).parent
 KINDS = ("unit", "system")

@@ -38,14 +38,6 @@ def test_the_version_of_qemu_is_read_from_its_output(tmp_path: Path) -> None:
     assert bash(f"PATH={tmp_path}:$PATH; qemu_version").stdout == "8.2.2"
 
 
-def test_a_busybox_that_needs_a_loader_is_not_static(tmp_path: Path) -> None:
-    busybox = tmp_path / "busybox"
-    for content, static in ((b"\x7fELF...", True), (b"\x7fELF /lib64/ld-linux-x86-64.so", False)):
-        busybox.write_bytes(content)
-        busybox.chmod(0o755)
-        assert (bash(f"PATH={tmp_path}:$PATH; is_there busybox").returncode == 0) is static
-
-
 def test_every_row_of_the_needs_is_whole() -> None:
     rows = bash('printf "%s\\n" "$NEEDS"').stdout.splitlines()
     assert len(rows) > 10
