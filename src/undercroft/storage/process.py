@@ -11,7 +11,7 @@ import contextlib
 import os
 import shutil
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 
 from undercroft.model.errors import MissingToolError, ProgramError, TimeLimitError
@@ -115,12 +115,13 @@ async def run(
     on_line: Callable[[str], None] | None = None,
     on_output: Callable[[bytes], None] | None = None,
     output_limit: int = 16 << 20,
+    success: Container[int] = (0,),
 ) -> bytes:
     """Runs a program to its end; returns what it wrote to stdout, at most ``output_limit`` bytes.
 
     ``env`` is added to a small fixed environment; ``timeout`` is in seconds; ``on_line`` gets each
     line of stderr as it comes, ``on_output`` what comes on stdout. With ``identity`` the program
-    runs as that uid and gid.
+    runs as that uid and gid. ``success`` has the exit codes that are no failure.
 
     Raises:
         ProgramError: it failed; ``data`` holds ``exit`` (negative: the signal that ended it).
@@ -178,7 +179,7 @@ async def run(
         ) from error
     finally:
         await asyncio.shield(_end(child))
-    if child.returncode != 0:
+    if child.returncode not in success:
         text = bytes(said).decode(errors="replace").strip()
         raise ProgramError(
             f"{name} failed with {_outcome(child.returncode)}: {text[-2000:] or 'no message'}",

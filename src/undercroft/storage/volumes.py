@@ -119,7 +119,9 @@ async def check_volume(path: Path, *, repair: bool = False) -> list[str]:
     if repair:
         command += ["-r", "leaks"]
     try:
-        answer = json.loads(await run([*command, str(path)], timeout=_CHECK_TIMEOUT))
+        # qemu-img exits with 2 if it found corruption, with 3 for leaks.
+        report = await run([*command, str(path)], timeout=_CHECK_TIMEOUT, success=(0, 2, 3))
+        answer = json.loads(report)
     except ProgramError as error:
         return [error.message]
     except ValueError:

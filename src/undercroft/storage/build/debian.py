@@ -46,7 +46,9 @@ _DPKG_OPTIONS = [
     "path-include=/usr/share/doc/*/copyright",
 ]
 _DISK_SIZE = 2 * GiB
-_KERNEL_ARGUMENTS = "root=LABEL=debian-root rw console=tty0 console=ttyS0,115200 no_timer_check quiet"
+_KERNEL_ARGUMENTS = (
+    "root=LABEL=debian-root rw console=tty0 console=ttyS0,115200 no_timer_check quiet"
+)
 # What mmdebstrap says, and how much of its work is done by then (measured).
 _STEPS = {
     "running apt-get update": 0.0,
