@@ -128,9 +128,12 @@ class CheckReport(Model, frozen=True, kw_only=True):
 
 
 class VMSample(Model, frozen=True, kw_only=True):
-    """A measurement of one running VM: counters since it was started; times in seconds, sizes in
-    bytes. ``memory`` is what its QEMU holds in the host's memory (PSS where it can be read). What went
-    over the network is counted by the guest and asked for twice a minute; 0 without an agent."""
+    """A measurement of one running VM: counters since it was started.
+
+    Times in seconds, sizes in bytes. ``memory`` is what its QEMU holds in the host's memory (PSS
+    where it can be read). What went over the network is counted by the guest and asked for twice a
+    minute; 0 without an agent.
+    """
 
     vm: str
     name: str
