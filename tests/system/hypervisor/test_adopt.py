@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,15 @@ from undercroft.hypervisor.qmp import Monitor
 from undercroft.model.errors import TimeLimitError
 from undercroft.model.vm import Instance
 
+NOBODY = 65534
+
 
 class Spawner:
     """A process that starts a machine, as a daemon would."""
 
-    def __init__(self, plan: MachinePlan) -> None:
+    def __init__(self, plan: MachinePlan, user: int | None = None) -> None:
         self.plan = plan
+        self.user = user
         self.process: asyncio.subprocess.Process | None = None
 
     async def start(self) -> Instance:
@@ -39,6 +44,7 @@ class Spawner:
             "-m",
             "tests.system.hypervisor.spawner",
             str(path),
+            *([] if self.user is None else [str(self.user)]),
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         )
@@ -189,3 +195,33 @@ async def test_stuck_qemu_is_said_to_be_there(lab: Lab, monkeypatch: pytest.Monk
     finally:
         os.kill(machine.instance.pid, signal.SIGKILL)
         os.waitpid(machine.instance.pid, 0)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+async def test_ordinary_user(tiny_image_dir: Path) -> None:
+    """Without any privilege: no other uid to run as, nothing but the user's own directory."""
+    with tempfile.TemporaryDirectory() as name:
+        base = Path(name)
+        for file in ("kernel", "initrd"):
+            shutil.copyfile(tiny_image_dir / file, base / file)
+        os.chown(base, NOBODY, NOBODY)
+        lab = await Lab.open(base, base)
+        subprocess.run(["chmod", "-R", "a+rX", base], check=True)
+        plan = lab.plan()
+        for directory in ("vms", "run"):
+            (base / directory).mkdir()
+            os.chown(base / directory, NOBODY, NOBODY)
+        spawner = Spawner(plan, NOBODY)
+        try:
+            instance = await spawner.start()
+            assert instance.uid == NOBODY
+            assert os.stat(f"/proc/{instance.pid}").st_uid == NOBODY
+            log = Path(plan.directory) / "console.log"
+            await eventually(lambda: log.exists() and b"ready" in log.read_bytes(), BOOT_LIMIT)
+            await spawner.kill()
+            machine = await adopt(lab, plan, instance)
+            assert machine is not None
+            assert (await machine.quit()).hint == "quit"
+        finally:
+            await spawner.kill()
+            await lab.close()
