@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 START_LIMIT = 30.0  # seconds until a daemon must answer
 _STEP = 0.02
+_LOG_LIMIT = 8 << 20  # bytes of log that a new daemon adds to
+# For croft, not for the daemon: above all no token for another one.
+_OURS = {"CROFT_URL", "CROFT_TOKEN", "CROFT_FINGERPRINT", "CROFT_CA", "CROFT_DATA"}
 _TAIL = 12  # lines of the log that are shown
 _COMPLAINT = re.compile(r"croft: (.*) \(([a-z-]+)\)")  # how a daemon says why it does not start
 
@@ -51,6 +54,7 @@ def ensure_daemon(croft: Croft, transport: Transport) -> Connection:
         if _held(os.path.join(croft.data, "daemon.lock")):
             return _wait(transport, None, log, 0, deadline)
         DataDirectory.open(croft.data)  # says at once if that is no place for a daemon
+        _rotate(log)
         offset = os.path.getsize(log) if os.path.exists(log) else 0
         process = _spawn(croft, log)
         connection = _wait(transport, process, log, offset, deadline)
@@ -123,10 +127,16 @@ def _held(path: str) -> bool:
     return False
 
 
+def _rotate(log: str) -> None:
+    """Puts a log aside that has grown large; one older one is kept."""
+    with contextlib.suppress(OSError):
+        if os.path.getsize(log) > _LOG_LIMIT:
+            os.replace(log, f"{log}.1")
+
+
 def _spawn(croft: Croft, log: str) -> subprocess.Popen[bytes]:
     """The daemon, in a session of its own, with nothing of ours but the environment."""
-    environ = {k: v for k, v in croft.environ.items() if not k.startswith("CROFT_")}
-    environ |= {k: v for k, v in croft.environ.items() if k == "CROFT_DEBUG"}
+    environ = {k: v for k, v in croft.environ.items() if k not in _OURS}
     try:
         with open(log, "ab", opener=lambda p, flags: os.open(p, flags, 0o640)) as output:
             return subprocess.Popen(

@@ -34,7 +34,7 @@ if os.path.exists(path):
     os.unlink(path)
 listener.bind(path)
 listener.listen()
-print(os.getcwd(), os.getsid(0) == os.getpid(), oct(os.umask(0)), "CROFT_URL" in os.environ, flush=True)
+print(os.getcwd(), os.getsid(0) == os.getpid(), oct(os.umask(0)), "CROFT_TOKEN" in os.environ, os.environ.get("CROFT_LOG"), flush=True)
 time.sleep(60)
 """  # noqa: E501
 
@@ -68,13 +68,22 @@ def starts(data: Path) -> int:
 
 def test_it_is_started_apart_from_its_caller(data, started, capfd, monkeypatch):
     monkeypatch.setenv("CROFT_TOKEN", "secret")
+    monkeypatch.setenv("CROFT_LOG", "debug")
     raw = Croft().connect()
     raw.close()
     _, running = started
     assert (
         f"started the Undercroft daemon for {data} (pid {running[0].pid})" in capfd.readouterr().err
     )
-    assert (data / "daemon.log").read_text().split() == ["/", "True", "0o22", "False"]
+    assert (data / "daemon.log").read_text().split() == ["/", "True", "0o22", "False", "debug"]
+
+
+def test_a_log_that_has_grown_large_is_put_aside(data, started, monkeypatch):
+    monkeypatch.setattr(spawn, "_LOG_LIMIT", 10)
+    (data / "daemon.log").write_text("from yesterday\n")
+    Croft().connect().close()
+    assert (data / "daemon.log.1").read_text() == "from yesterday\n"
+    assert "yesterday" not in (data / "daemon.log").read_text()
 
 
 def test_the_second_time_it_is_there(data, started):
