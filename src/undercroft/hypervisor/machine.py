@@ -160,26 +160,19 @@ class QemuMachine(MachineSession):
         monitor socket in the run directory.
 
         Raises:
-            QmpError, TimeLimitError: it runs, but its monitor does not answer: it can only be
-                killed (`kill_instance`).
+            QmpError, TimeLimitError: it runs, but cannot be taken over (now): it is stuck, or
+                somebody else talks to it.
         """
-        try:
-            plan = await asyncio.to_thread(read_plan, run_directory)
-            connection = sockets.connect(run_directory / "qmp.sock")
-        except (OSError, msgspec.MsgspecError):
+        taken = await asyncio.to_thread(_take_hold, instance, run_directory)
+        if taken is None:
             return None
-        process = _identify(instance, connection)
-        if process is None:
-            connection.close()
-            return None
+        plan, process, connection, serial, descriptor = taken
         plan = msgspec.structs.replace(
             plan, directory=str(directory), run_directory=str(run_directory)
         )
-        output = OutputLog.of(open_output(run_directory), plan)
-        machine = cls(plan, process, output, on_event)
+        machine = cls(plan, process, OutputLog.of(descriptor, plan), on_event)
         try:
             machine.instance = instance or machine._make_instance(process, "")
-            serial = sockets.connect(run_directory / "serial.sock")
             machine.console = machine._open_console(serial, fresh=False)
             machine._watcher = asyncio.create_task(machine._watch())
             await machine._connect(connection, _ADOPT_TIMEOUT)
@@ -300,13 +293,43 @@ class QemuMachine(MachineSession):
         return self.agent
 
 
-def _identify(instance: Instance | None, connection: socket.socket) -> Process | None:
-    """The process that an instance means, if it is still that one."""
-    if instance is None:
-        return Process.open(sockets.peer(connection)[0])
-    if instance.host_boot != boot_id():
-        return None
-    return Process.open(instance.pid, instance.start_ticks)
+_Hold = tuple[MachinePlan, Process, socket.socket, socket.socket, int]
+
+
+def _take_hold(instance: Instance | None, run: Path) -> _Hold | None:
+    """The process that an instance means, if it is still that one, and the ends of its channels:
+    plan, process, monitor, console, output. None if it has ended. Blocks.
+
+    Raises:
+        QmpError: it runs, but its channels cannot be reached.
+    """
+    process: Process | None = None
+    with contextlib.ExitStack() as kept:
+        try:
+            if instance is not None:
+                if instance.host_boot == boot_id():
+                    process = Process.open(instance.pid, instance.start_ticks)
+                if process is None:
+                    return None
+                kept.callback(process.close)
+            plan = read_plan(run)
+            connection = kept.enter_context(sockets.connect(run / "qmp.sock"))
+            if process is None:
+                process = Process.open(sockets.peer(connection)[0])
+                if process is None:
+                    return None
+                kept.callback(process.close)
+            serial = kept.enter_context(sockets.connect(run / "serial.sock"))
+            output = open_output(run)
+        except (OSError, msgspec.MsgspecError) as error:
+            if process is None or not process.alive:
+                return None
+            raise QmpError(
+                f"QEMU (process {process.pid}) runs, but cannot be taken over: {error}",
+                pid=process.pid,
+            ) from error
+        kept.pop_all()
+        return plan, process, connection, serial, output
 
 
 def _start_error(plan: MachinePlan, error: BaseException, report: ExitReport) -> Exception:

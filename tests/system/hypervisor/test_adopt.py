@@ -21,7 +21,7 @@ from undercroft.hypervisor import sockets
 from undercroft.hypervisor.machine import QemuMachine, RunState
 from undercroft.hypervisor.plan import MachinePlan, encode_plan
 from undercroft.hypervisor.qmp import Monitor
-from undercroft.model.errors import TimeLimitError
+from undercroft.model.errors import QmpError, TimeLimitError
 from undercroft.model.vm import Instance
 
 NOBODY = 65534
@@ -181,6 +181,14 @@ async def test_nothing_there(lab: Lab, tmp_path: Path) -> None:
     run.mkdir(parents=True)
     (run / "plan.json").write_bytes(b"{}")
     assert await adopt(lab, plan, None) is None
+
+
+async def test_alive_but_out_of_reach_is_not_called_dead(lab: Lab) -> None:
+    machine = await lab.start()
+    (Path(machine.plan.run_directory) / "plan.json").unlink()
+    with pytest.raises(QmpError, match="cannot be taken over"):
+        await adopt(lab, machine.plan, machine.instance)
+    assert machine.run_state is RunState.RUNNING
 
 
 async def test_stuck_qemu_is_said_to_be_there(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
