@@ -156,6 +156,10 @@ class Installation:
         request = ExecRequest(argv=("/bin/sh", "-c", command), timeout=60.0)
         return self.client.vms.exec(name, request).stdout.decode().strip()
 
+    def in_background(self, name: str, command: str) -> None:
+        """Starts a command in a guest that goes on after the agent has answered."""
+        self.shell(name, f"({command}) </dev/null >/dev/null 2>&1 &")
+
     def finish(self, task: Task, state: TaskState = TaskState.SUCCEEDED) -> Task:
         """Waits for a task's end, which must be this one."""
 

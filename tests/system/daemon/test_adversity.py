@@ -78,7 +78,7 @@ def test_guest_that_shuts_itself_down(installation: Installation) -> None:
 
 def test_guest_that_shuts_down_while_no_daemon_runs(installation: Installation) -> None:
     installation.run("web1")
-    installation.shell("web1", "(sleep 2; poweroff) >/dev/null 2>&1 &")
+    installation.in_background("web1", "sleep 2; poweroff")
     installation.kill()
     time.sleep(6)
     installation.start()
