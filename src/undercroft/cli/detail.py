@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from undercroft.cli.errors import ours
 from undercroft.cli.output import ago, cpus, dig, fields, local_time, size
 from undercroft.cli.vms import forwards, port_text
 from undercroft.client.raw import quote
@@ -64,25 +65,25 @@ def _indent(text: str) -> str:
 
 def _name(croft: Croft, noun: str, id: str | None) -> str:
     """The name that belongs to an id, or the id where the object is gone."""
-    from undercroft.model.errors import UndercroftError
-
     if not id:
         return ""
     try:
         return str(dig(croft.api.get(f"/v1/{noun}/{quote(id)}"), "meta.name", id))
-    except UndercroftError:
+    except Exception as error:
+        if ours(error) is None:
+            raise
         return id
 
 
 def _disks(croft: Croft, vm: Any) -> list[str]:
-    from undercroft.model.errors import UndercroftError
-
     found = []
     for disk in dig(vm, "spec.disks", ()):
         text = str(disk.get("volume"))
         try:
             volume = croft.api.get(f"/v1/volumes/{quote(disk['volume'])}")
-        except UndercroftError:
+        except Exception as error:
+            if ours(error) is None:
+                raise
             found.append(text)
             continue
         text = f"{size(dig(volume, 'spec.size'))} {disk.get('bus', 'virtio')}"

@@ -38,6 +38,7 @@ print(json.dumps([code, sorted({name.split(".")[0] for name in sys.modules})]), 
         ["--version"],
         ["ls"],
         ["ls", "-q"],
+        ["show", "web1"],
         ["start", "web1"],
         ["stop", "web1"],
         ["__complete", "start", ""],
@@ -47,6 +48,8 @@ def test_quick_commands_stay_light(api, words):
     from tests.unit.cli.fake_api import page, task, vm
 
     api.routes["GET", "/v1/vms"] = page(vm())
+    api.routes["GET", "/v1/vms/web1"] = vm()
+    api.routes["GET", "/v1/images/img-1"] = {"meta": {"name": "tiny"}}
     api.routes["POST", "/v1/vms/web1/start"] = task()
     api.routes["POST", "/v1/vms/web1/stop"] = task(verb="vm.stop")
     done = subprocess.run(
