@@ -260,10 +260,16 @@ def _write_boot_files(tarball: Path, loaders: Path, target: Path, tmp: Path) -> 
     with tarfile.open(tarball) as archive:
         for member in archive:
             name = member.name.removeprefix("./")
-            if name.startswith(wanted) or (
+            if not name.startswith(wanted) and not (
                 name.startswith(modules) and name.endswith((".ko", ".ko.xz"))
             ):
-                archive.extract(member, unpacked, filter="data")
+                continue
+            content = archive.extractfile(member) if member.isreg() else None
+            if content is None or ".." in name.split("/"):
+                continue
+            path = unpacked / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content.read())
     write_boot_initrd(unpacked, loaders, target)
     return (
         (unpacked / "usr/lib/grub/i386-pc/boot.img").read_bytes(),
