@@ -323,8 +323,8 @@ class VMActor:
         )
 
     async def _undo_creation(self, run: TaskRun, error: UndercroftError | None = None) -> None:
-        """A VM that could not be created leaves nothing behind; one that was created but did not
-        start stays, switched off. Without an ``error`` it was cancelled."""
+        """A VM that could not be created, or that is to be removed, leaves nothing behind; one that
+        was created but did not start stays, switched off. Without an ``error`` it was cancelled."""
         found = await self.environment.store.get(VM, self.id)
         if found is None:
             await write(self.environment, VM, self.id, lambda v: _without(v, run.id))
@@ -332,7 +332,7 @@ class VMActor:
         vm = found.record
         why = "it was cancelled" if error is None else error.message
         level = EventLevel.INFO if error is None else EventLevel.ERROR
-        if vm.status.state is not VMState.CREATING:
+        if vm.status.state not in (VMState.CREATING, VMState.REMOVING):
             await finish(
                 self.environment,
                 VM,

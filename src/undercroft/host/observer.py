@@ -22,7 +22,7 @@ log = structlog.get_logger(__name__)
 
 FIRST_LOOKS = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between looks while there is no address
 STEADY_LOOK = 30.0
-ROOM_NEEDED = 256 << 20  # bytes that must be free before a VM that ran out of disk goes on
+ROOM_NEEDED = 256 << 20  # bytes, or a tenth, that must be free before a VM goes on
 ROOM_LOOK = 5.0
 
 
@@ -154,7 +154,8 @@ class Observer:
         while machine.run_state is RunState.IO_ERROR:
             await asyncio.sleep(ROOM_LOOK)
             usage = os.statvfs(self._environment.data)
-            if usage.f_bavail * usage.f_frsize < ROOM_NEEDED:
+            needed = min(ROOM_NEEDED, usage.f_blocks * usage.f_frsize // 10)
+            if usage.f_bavail * usage.f_frsize < needed:
                 continue
             found = await self._environment.store.get(VM, self._id)
             if found is None or found.record.spec.power is not Power.RUNNING:

@@ -301,6 +301,27 @@ async def test_removal_during_creation(rig: Rig) -> None:
     await assert_nothing_left(rig)
 
 
+async def test_a_removal_cancelled_after_it_has_cut_the_creation_short(rig: Rig) -> None:
+    """What was never made cannot come back: there must be no VM without its disk."""
+    began = asyncio.Event()
+
+    async def slow_to_go() -> None:
+        began.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.05)
+
+    rig.hypervisor.hooks["create_volume"] = slow_to_go
+    await ask_create(rig)
+    await began.wait()
+    remove = await rig.world.operations.vms.remove(SYSTEM, "web1", force=True)
+    await asyncio.sleep(0.01)
+    await rig.world.operations.tasks.cancel(SYSTEM, remove.meta.id)
+    assert (await rig.final(remove)).status.state is TaskState.SUCCEEDED
+    await assert_nothing_left(rig)
+
+
 async def test_nothing_more_is_taken_on_while_a_removal_waits(rig: Rig) -> None:
     began, _ = blocked(rig, "start")
     await ask_create(rig, start=True)
