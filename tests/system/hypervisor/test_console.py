@@ -112,7 +112,7 @@ async def test_full_disk_loses_output_and_says_so(lab: Lab, small_disk: Path) ->
     guest = Guest(machine, await machine.console.attach())
     await guest.ready()
     filler = fill(small_disk)
-    await guest.run("i=0; while [ $i -lt 300 ]; do echo l''ost $i; i=$((i+1)); done")
+    await guest.run("i=0; while [ $i -lt 2000 ]; do echo l''ost $i; i=$((i+1)); done")
     await eventually(lambda: any(event.kind == "log-lost" for event in lab.events))
     filler.unlink()
     assert await guest.run("echo r''oom") == "room"
