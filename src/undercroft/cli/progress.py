@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 FINAL = ("succeeded", "failed", "cancelled")
 _SLICE = 0.2  # seconds between two looks at progress
+_LONG_SLICE = 1.0  # the same where no bars move
 _PATIENCE = 0.4  # seconds before a bar appears: most tasks are done by then
 _GONE = 30.0  # seconds for which the daemon may be away while we wait
 
@@ -84,7 +85,10 @@ class _Watch:
     def _look(self, pending: list[Any]) -> None:
         """Waits a moment for the first of them, then looks at the others."""
         first, *others = (task["meta"]["id"] for task in pending)
-        self._tasks[first] = self._get(first, {"wait": _SLICE})
+        bars = self._croft.err.tty
+        self._tasks[first] = self._get(first, {"wait": _SLICE if bars else _LONG_SLICE})
+        if not bars and dig(self._tasks[first], "status.state") not in FINAL:
+            return  # nobody sees the others' progress
         for id in others:
             self._tasks[id] = self._get(id, None)
 
