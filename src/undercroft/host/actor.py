@@ -230,7 +230,8 @@ class VMActor:
             return
         task = found.record
         run = TaskRun(self.environment, task)
-        if task.spec.cancel or task_id in self._cancelled:
+        cancel = task.spec.cancel or task_id in self._cancelled
+        if cancel and not run.committed:
             await self._cancelled_outcome(vm, run)
             return
         verb = self.verbs.get(task.spec.verb)

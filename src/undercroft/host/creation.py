@@ -18,6 +18,7 @@ from undercroft.model.image import Image
 from undercroft.model.vm import VM, Power, VMState
 from undercroft.model.volume import Volume, VolumeState
 from undercroft.operations.vm_change import removal_releases
+from undercroft.storage.threads import in_thread
 from undercroft.storage.volumes import create_volume
 from undercroft.store.interface import Delete, Put, Release, update
 
@@ -27,7 +28,7 @@ async def create(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
     environment = actor.environment
     if vm.status.state is VMState.CREATING:
         uid = await _choose_uid(environment, vm)
-        await asyncio.to_thread(_make_directories, environment, vm.meta.id)
+        await in_thread(lambda _: _make_directories(environment, vm.meta.id))
         for disk in vm.spec.disks:
             await run.progress(None, "making the disk")
             await _make_volume(environment, disk.volume)
@@ -98,7 +99,7 @@ async def _make_volume(environment: Environment, id: str) -> None:
 async def remove(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
     """Ends the VM and removes its files and volumes."""
     environment = actor.environment
-    run.committed = True  # half a VM is of no use to anybody
+    await run.commit()  # half a VM is of no use to anybody
     if actor.machine is not None:
         await actor.machine.quit()
         await actor.exited(None)
@@ -108,7 +109,7 @@ async def remove(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
         found = await environment.store.get(Volume, disk.volume)
         if found is not None and found.record.spec.vm == vm.meta.id:
             volumes.append(found.record)
-    await asyncio.to_thread(_remove_files, environment, vm.meta.id, volumes)
+    await in_thread(lambda _: _remove_files(environment, vm.meta.id, volumes))
 
     def extra(record: VM) -> tuple[list[Put], list[Delete], list[Release]]:
         deletes = [Delete(Volume, volume.meta.id) for volume in volumes]

@@ -42,6 +42,7 @@ R = TypeVar("R", VM, Image)
 log = structlog.get_logger(__name__)
 
 PROGRESS_INTERVAL = 0.5  # seconds between two writes of progress
+COMMITTED = "committed"
 RETRY_INTERVAL = 1.0  # seconds between two tries to write down what happened
 
 
@@ -98,7 +99,7 @@ class TaskRun:
     def __init__(self, environment: Environment, task: Task) -> None:
         self.environment = environment
         self.task = task
-        self.committed = False
+        self.committed = bool(task.status.checkpoint.get(COMMITTED))
         self._written = 0.0
         self._phase = task.status.phase
 
@@ -124,12 +125,19 @@ class TaskRun:
         self._written, self._phase = now, phase
         await self._status(progress=fraction, phase=phase)
 
+    async def commit(self) -> None:
+        """Writes that it cannot be undone any more: so the next daemon, too, will finish it."""
+        self.committed = True
+        await self.checkpoint(**{COMMITTED: True})
+
     async def checkpoint(self, **values: Any) -> None:
         """Writes what must be known to carry on after a crash."""
         await self._status(checkpoint={**self.task.status.checkpoint, **values})
 
     async def _status(self, **values: Any) -> None:
         def change(task: Task) -> Task:
+            if task.status.state.final:
+                return task
             return msgspec.structs.replace(
                 task, status=msgspec.structs.replace(task.status, **values)
             )

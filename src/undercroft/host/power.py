@@ -22,6 +22,7 @@ from undercroft.model.errors import (
     WrongStateError,
 )
 from undercroft.model.vm import VM, Exit, ExitReason, Power, VMState
+from undercroft.storage.threads import in_thread
 
 AGENT_TIMEOUT = 3.0  # seconds for the agent to take a shutdown request
 AGENT_PING = 0.5
@@ -119,7 +120,7 @@ async def stop(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
         )
     end = await _end(actor, vm, run, force, vm.spec.stop_timeout if limit is None else float(limit))
     run.committed = True
-    await asyncio.to_thread(discard_state, saved)
+    await in_thread(lambda _: discard_state(saved))
 
     def change(record: VM) -> VM:
         record = _ended(record, end)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import json
 import os
@@ -13,6 +12,7 @@ from undercroft.model.base import Model
 from undercroft.model.errors import DataCorruptError, NoSpaceError, ProgramError
 from undercroft.model.units import format_size
 from undercroft.storage.process import run, tool
+from undercroft.storage.threads import in_thread
 
 __all__ = ["VolumeInfo", "check_volume", "create_volume", "volume_info"]
 
@@ -49,7 +49,7 @@ async def create_volume(
     try:
         _check_room(tmp)
         await run([*command, str(half), str(size)], timeout=_CREATE_TIMEOUT)
-        await asyncio.to_thread(_settle, half, path)
+        await in_thread(lambda _: _settle(half, path))  # cancelled: not after we are gone
     except ProgramError as error:
         if "No space left" in error.message:
             raise _full(path) from None

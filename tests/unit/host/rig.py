@@ -21,12 +21,17 @@ from undercroft.host.verbs import VM_VERBS
 from undercroft.hypervisor.emulator import Emulator
 from undercroft.hypervisor.machine import ExitReport, MachineEvent, MachineStats, RunState
 from undercroft.hypervisor.plan import MachinePlan
-from undercroft.model.errors import GuestAgentError, QemuStartError, WrongStateError
+from undercroft.model.errors import (
+    GuestAgentError,
+    QemuStartError,
+    UndercroftError,
+    WrongStateError,
+)
 from undercroft.model.task import Task
 from undercroft.model.vm import VM, Instance, VMState
 from undercroft.operations.access import SYSTEM
 from undercroft.store.datadir import DataDirectory
-from undercroft.store.interface import Store
+from undercroft.store.interface import Store, Transaction
 from undercroft.store.sqlite import SQLiteStore
 
 
@@ -248,6 +253,9 @@ class Rig:
         for actor in self.actors.values():
             await actor.close()
         self.actors.clear()
+        # A daemon that is gone writes nothing more: what it asked for last is done by now.
+        with contextlib.suppress(UndercroftError):
+            await self.store.transact(Transaction())
 
     async def again(self) -> None:
         """The daemon ends, and another begins."""

@@ -496,6 +496,20 @@ async def test_the_next_daemon_carries_on(
     assert (await rig.final(task)).status.state is TaskState.SUCCEEDED
 
 
+async def test_a_removal_that_a_dead_daemon_began_cannot_be_cancelled(rig: Rig) -> None:
+    machine = await running(rig)
+    began, _ = blocked(rig, "quit")
+    task = await rig.world.operations.vms.remove(SYSTEM, "web1", force=True)
+    await began.wait()
+    await rig.close()
+    del rig.hypervisor.hooks["quit"]
+    machine.ends("quit")
+    await rig.world.operations.tasks.cancel(SYSTEM, task.meta.id)
+    await rig.again()
+    assert (await rig.final(task)).status.state is TaskState.SUCCEEDED
+    await assert_nothing_left(rig)
+
+
 async def test_closing_while_a_cancelled_task_puts_things_back(rig: Rig) -> None:
     """Closing must neither hang nor take the place of the user's request."""
     await rig.final(await ask_create(rig))

@@ -215,6 +215,16 @@ async def test_progress_is_bounded_but_phases_are_not(rig: Rig) -> None:
     assert (await rig.world.task(task.meta.id)).status.checkpoint == {"a": 1, "b": 2}
 
 
+async def test_what_is_final_does_not_come_back(rig: Rig) -> None:
+    _, (task,) = await vm_with_tasks(rig, "vm.stop")
+    run = TaskRun(rig.environment, task)
+    await rig.world.end(task.meta.id, TaskState.CANCELLED)
+    await run.begin()
+    await run.progress(0.5, "still at it")
+    written = await rig.world.task(task.meta.id)
+    assert (written.status.state, written.status.phase) == (TaskState.CANCELLED, "")
+
+
 async def test_a_request_to_cancel_survives_progress(rig: Rig) -> None:
     _, (task,) = await vm_with_tasks(rig, "vm.stop")
     run = TaskRun(rig.environment, task)

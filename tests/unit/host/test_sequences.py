@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from tests.unit.host.rig import FakeMachine, Rig, refused, rigged
 from undercroft.model.errors import (
@@ -130,10 +130,9 @@ class Accidents(RuleBasedStateMachine):
 
         self.run(end())
 
-    @precondition(lambda self: not self.rig.hypervisor.failures)
     @rule()
     def next_start_fails(self) -> None:
-        self.rig.hypervisor.failures.append(refused())
+        self.rig.hypervisor.failures[:] = [refused()]
 
     @rule()
     def daemon_is_replaced(self) -> None:
