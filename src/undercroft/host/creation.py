@@ -99,7 +99,8 @@ async def _make_volume(environment: Environment, id: str) -> None:
 async def remove(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
     """Ends the VM and removes its files and volumes."""
     environment = actor.environment
-    await run.commit()  # half a VM is of no use to anybody
+    if run.task.spec.verb == "vm.remove":  # not where it undoes a creation
+        await run.commit()  # half a VM is of no use to anybody
     if actor.machine is not None:
         await actor.machine.quit()
         await actor.exited(None)

@@ -510,6 +510,29 @@ async def test_a_removal_that_a_dead_daemon_began_cannot_be_cancelled(rig: Rig) 
     await assert_nothing_left(rig)
 
 
+async def test_undoing_a_creation_is_taken_up_by_the_next_daemon(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, _ = blocked(rig, "create_volume")
+    task = await ask_create(rig)
+    await began.wait()
+    removing = asyncio.Event()
+
+    async def never(*_: object) -> None:
+        removing.set()
+        await asyncio.Event().wait()
+
+    with monkeypatch.context() as patched:
+        patched.setattr("undercroft.host.creation.in_thread", never)
+        await rig.world.operations.tasks.cancel(SYSTEM, task.meta.id)
+        await removing.wait()
+        await rig.close()
+    assert not (await rig.world.task(task.meta.id)).status.state.final
+    await rig.again()
+    assert (await rig.final(task)).status.state is TaskState.CANCELLED
+    await assert_nothing_left(rig)
+
+
 async def test_closing_while_a_cancelled_task_puts_things_back(rig: Rig) -> None:
     """Closing must neither hang nor take the place of the user's request."""
     await rig.final(await ask_create(rig))
