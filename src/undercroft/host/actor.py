@@ -231,6 +231,8 @@ class VMActor:
         task = found.record
         run = TaskRun(self.environment, task)
         cancel = task.spec.cancel or task_id in self._cancelled
+        if task.spec.verb == "vm.create" and vm.status.state is VMState.REMOVING:
+            cancel = True  # it was given up
         if cancel and not run.committed:
             await self._cancelled_outcome(vm, run)
             return
@@ -326,14 +328,13 @@ class VMActor:
     async def _undo_creation(self, run: TaskRun, error: UndercroftError | None = None) -> None:
         """A VM that could not be created, or that is to be removed, leaves nothing behind; one that
         was created but did not start stays, switched off. Without an ``error`` it was cancelled."""
-        found = await self.environment.store.get(VM, self.id)
-        if found is None:
-            await write(self.environment, VM, self.id, lambda v: _without(v, run.id))
+        # Written before anything is undone, so that it stays decided whatever comes in between.
+        vm = await write(self.environment, VM, self.id, _given_up)
+        if vm is None:
             return
-        vm = found.record
         why = "it was cancelled" if error is None else error.message
         level = EventLevel.INFO if error is None else EventLevel.ERROR
-        if vm.status.state not in (VMState.CREATING, VMState.REMOVING):
+        if vm.status.state is not VMState.REMOVING:
             await finish(
                 self.environment,
                 VM,
@@ -436,6 +437,12 @@ class VMActor:
 async def _carry_out(verb: Verb, actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
     await run.begin()
     return await verb(actor, vm, run)
+
+
+def _given_up(vm: VM) -> VM:
+    if vm.status.state is not VMState.CREATING:
+        return vm
+    return change_status(vm, state=VMState.REMOVING)
 
 
 def _without(vm: VM, task_id: str) -> VM:

@@ -172,7 +172,12 @@ class Accidents(RuleBasedStateMachine):
             saved = self.rig.environment.suspended_path(id).exists()
             assert saved == (vm.status.state is VMState.SUSPENDED)
         data = self.rig.environment.data
-        assert {path.name for path in (data / "vms").iterdir()} == set(vms)
+        there = {path.name for path in (data / "vms").iterdir()}
+        assert there == set(vms), (
+            there - set(vms),
+            set(vms) - there,
+            await self.rig.world.all(Task),
+        )
         volumes = {volume.meta.id for volume in await self.rig.world.all(Volume)}
         assert {path.stem for path in (data / "volumes").iterdir()} == volumes
         for task in await self.rig.world.all(Task):
