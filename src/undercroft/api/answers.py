@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Generic, TypeVar, cast
+from typing import Annotated, Any, Generic, TypeVar, cast
 
 import msgspec
 from litestar import Request, Response
 from litestar.connection import ASGIConnection
+from litestar.di import Provide
+from litestar.handlers import BaseRouteHandler
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import HeaderParameter, QueryParameter
+from litestar.typing import FieldDefinition
 
 from undercroft.api.query import DEFAULT_LIMIT, MAX_LIMIT, Query, run_query
 from undercroft.model.base import Record
@@ -68,6 +71,31 @@ IF_MATCH = HeaderParameter(
     "changed since.",
 )
 FORCE = QueryParameter(name="force", required=False, description="Also if it is in use.")
+
+
+def read_query(
+    filter: Annotated[str | None, FILTER] = None,
+    sort: Annotated[str | None, SORT] = None,
+    limit: Annotated[int | None, LIMIT] = None,
+    cursor: Annotated[str | None, CURSOR] = None,
+    fields: Annotated[str | None, FIELDS] = None,
+) -> Query:
+    """What is asked of a listing, for every handler that has a parameter ``asked``."""
+    return Query(filter, sort, limit, cursor, fields)
+
+
+SHARED = {"asked": Provide(read_query, sync_to_thread=False)}
+
+
+def fields_of(handler: BaseRouteHandler) -> list[FieldDefinition]:
+    """What a handler takes from a request, with that of the `SHARED` it asks for in their place."""
+    fields: list[FieldDefinition] = []
+    for name, field in handler.parsed_fn_signature.parameters.items():
+        if name in SHARED:
+            fields += SHARED[name].parsed_fn_signature.parameters.values()
+        else:
+            fields.append(field)
+    return fields
 
 
 def operations(connection: Connection) -> Operations:

@@ -11,7 +11,7 @@ from litestar.handlers import BaseRouteHandler
 from litestar.params import QueryParameter
 from litestar.types import ControllerRouterHandler
 
-from undercroft.api.answers import AnyRequest
+from undercroft.api.answers import SHARED, AnyRequest, fields_of
 from undercroft.api.body import MAX_BODY, StrictJSON
 from undercroft.api.consoles import console, console_page, vnc, vnc_page
 from undercroft.api.events import EventController
@@ -77,6 +77,7 @@ def create_app(
     return Litestar(
         [*ROUTES, openapi],
         state=State(state, deep_copy=False),
+        dependencies=SHARED,
         dto=StrictJSON,
         return_dto=None,
         before_request=refuse_unknown_parameters,
@@ -110,8 +111,7 @@ async def refuse_unknown_parameters(request: AnyRequest) -> None:
 def _parameters(handler: BaseRouteHandler) -> frozenset[str]:
     known: frozenset[str] | None = handler.opt.get("query")
     if known is None:
-        fields = handler.parsed_fn_signature.parameters.values()
-        wanted: list[Any] = [field.kwarg_definition for field in fields]
+        wanted: list[Any] = [field.kwarg_definition for field in fields_of(handler)]
         known = frozenset(
             parameter.name
             for parameter in wanted

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from litestar import Controller, Response, get, post
+from litestar.di import NamedDependency
 from litestar.params import FromPath, JSONBody
 
 from undercroft.api.answers import (
-    CURSOR,
-    FIELDS,
-    FILTER,
-    LIMIT,
-    SORT,
     AnyRequest,
     PageOf,
     answer_listing,
@@ -41,18 +35,11 @@ class HostController(Controller):
 
     @get(operation_id="listHosts", summary="List hosts", responses=errors(304))
     async def list_hosts(
-        self,
-        request: AnyRequest,
-        filter: Annotated[str | None, FILTER] = None,
-        sort: Annotated[str | None, SORT] = None,
-        limit: Annotated[int | None, LIMIT] = None,
-        cursor: Annotated[str | None, CURSOR] = None,
-        fields: Annotated[str | None, FIELDS] = None,
+        self, request: AnyRequest, asked: NamedDependency[Query]
     ) -> Response[PageOf[Host]]:
         """All hosts."""
         listing = await operations(request).hosts.list(caller(request))
-        query = Query(filter, sort, limit, cursor, fields)
-        return answer_listing(request, Host, listing, query)
+        return answer_listing(request, Host, listing, asked)
 
     @get("/{ref:str}", operation_id="getHost", summary="Show a host", responses=errors(304, 404))
     async def get_host(self, request: AnyRequest, ref: FromPath[str]) -> Response[Host]:

@@ -10,15 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from litestar import Controller, Response, delete, get, post
+from litestar.di import NamedDependency
 from litestar.params import FromPath, JSONBody, QueryParameter
 
 from undercroft.api.answers import (
-    CURSOR,
-    FIELDS,
-    FILTER,
     FORCE,
-    LIMIT,
-    SORT,
     AnyRequest,
     PageOf,
     answer_listing,
@@ -55,18 +51,11 @@ class ImageController(Controller):
 
     @get("/images", operation_id="listImages", summary="List images", responses=errors(304))
     async def list_images(
-        self,
-        request: AnyRequest,
-        filter: Annotated[str | None, FILTER] = None,
-        sort: Annotated[str | None, SORT] = None,
-        limit: Annotated[int | None, LIMIT] = None,
-        cursor: Annotated[str | None, CURSOR] = None,
-        fields: Annotated[str | None, FIELDS] = None,
+        self, request: AnyRequest, asked: NamedDependency[Query]
     ) -> Response[PageOf[Image]]:
         """All images, also those that are still being made."""
         listing = await operations(request).images.list(caller(request))
-        query = Query(filter, sort, limit, cursor, fields)
-        return answer_listing(request, Image, listing, query)
+        return answer_listing(request, Image, listing, asked)
 
     @post(
         "/images",

@@ -18,6 +18,7 @@ from litestar.response.base import ASGIResponse
 from litestar.routes import HTTPRoute
 
 from undercroft import __version__
+from undercroft.api.answers import fields_of
 from undercroft.api.examples import EXAMPLES
 from undercroft.model.errors import Problem
 
@@ -120,11 +121,10 @@ _PLACE = "\0type"
 
 
 def _operation(path: str, handler: HTTPRouteHandler, types: _Types) -> dict[str, Any]:
-    signature = handler.parsed_fn_signature
     name = str(handler.operation_id)
     parameters: list[dict[str, Any]] = []
     body: dict[str, Any] | None = None
-    for field in signature.parameters.values():
+    for field in fields_of(handler):
         if field.name == "data":
             inner = [kind for kind in get_args(field.annotation) if kind is not type(None)]
             content = {"schema": types.add(inner[0] if field.is_optional else field.annotation)}
@@ -154,7 +154,7 @@ def _operation(path: str, handler: HTTPRouteHandler, types: _Types) -> dict[str,
         "description": inspect.getdoc(handler.fn),
         "tags": handler.resolve_tags(),
         "parameters": parameters,
-        "responses": _responses(handler, signature.return_type.annotation, types),
+        "responses": _responses(handler, handler.parsed_fn_signature.return_type.annotation, types),
     }
     if body is not None:
         operation["requestBody"] = body

@@ -5,14 +5,10 @@ from __future__ import annotations
 from typing import Annotated
 
 from litestar import Controller, Response, get, post
+from litestar.di import NamedDependency
 from litestar.params import FromPath, QueryParameter
 
 from undercroft.api.answers import (
-    CURSOR,
-    FIELDS,
-    FILTER,
-    LIMIT,
-    SORT,
     AnyRequest,
     PageOf,
     answer_listing,
@@ -41,18 +37,11 @@ class TaskController(Controller):
 
     @get(operation_id="listTasks", summary="List tasks", responses=errors(304))
     async def list_tasks(
-        self,
-        request: AnyRequest,
-        filter: Annotated[str | None, FILTER] = None,
-        sort: Annotated[str | None, SORT] = None,
-        limit: Annotated[int | None, LIMIT] = None,
-        cursor: Annotated[str | None, CURSOR] = None,
-        fields: Annotated[str | None, FIELDS] = None,
+        self, request: AnyRequest, asked: NamedDependency[Query]
     ) -> Response[PageOf[Task]]:
         """All tasks that are still remembered."""
         listing = await operations(request).tasks.list(caller(request))
-        query = Query(filter, sort, limit, cursor, fields)
-        return answer_listing(request, Task, listing, query)
+        return answer_listing(request, Task, listing, asked)
 
     @get(
         "/{id:str}",

@@ -5,16 +5,12 @@ from __future__ import annotations
 from typing import Annotated
 
 from litestar import Controller, Response, delete, get, patch, post
+from litestar.di import NamedDependency
 from litestar.params import FromPath, JSONBody
 
 from undercroft.api.answers import (
-    CURSOR,
-    FIELDS,
-    FILTER,
     FORCE,
     IF_MATCH,
-    LIMIT,
-    SORT,
     AnyRequest,
     PageOf,
     answer_listing,
@@ -40,18 +36,11 @@ class VMController(Controller):
 
     @get(operation_id="listVMs", summary="List VMs", responses=errors(304))
     async def list_vms(
-        self,
-        request: AnyRequest,
-        filter: Annotated[str | None, FILTER] = None,
-        sort: Annotated[str | None, SORT] = None,
-        limit: Annotated[int | None, LIMIT] = None,
-        cursor: Annotated[str | None, CURSOR] = None,
-        fields: Annotated[str | None, FIELDS] = None,
+        self, request: AnyRequest, asked: NamedDependency[Query]
     ) -> Response[PageOf[VM]]:
         """All VMs, or those that pass the filter, page by page."""
         listing = await operations(request).vms.list(caller(request))
-        query = Query(filter, sort, limit, cursor, fields)
-        return answer_listing(request, VM, listing, query)
+        return answer_listing(request, VM, listing, asked)
 
     @post(
         operation_id="createVM",

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from litestar import Controller, Response, get
+from litestar.di import NamedDependency
 from litestar.params import FromPath
 
 from undercroft.api.answers import (
-    CURSOR,
-    FIELDS,
-    FILTER,
-    LIMIT,
-    SORT,
     AnyRequest,
     PageOf,
     answer_listing,
@@ -33,18 +27,11 @@ class VolumeController(Controller):
 
     @get(operation_id="listVolumes", summary="List volumes", responses=errors(304))
     async def list_volumes(
-        self,
-        request: AnyRequest,
-        filter: Annotated[str | None, FILTER] = None,
-        sort: Annotated[str | None, SORT] = None,
-        limit: Annotated[int | None, LIMIT] = None,
-        cursor: Annotated[str | None, CURSOR] = None,
-        fields: Annotated[str | None, FIELDS] = None,
+        self, request: AnyRequest, asked: NamedDependency[Query]
     ) -> Response[PageOf[Volume]]:
         """All volumes."""
         listing = await operations(request).volumes.list(caller(request))
-        query = Query(filter, sort, limit, cursor, fields)
-        return answer_listing(request, Volume, listing, query)
+        return answer_listing(request, Volume, listing, asked)
 
     @get(
         "/{ref:str}",
