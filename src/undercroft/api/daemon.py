@@ -17,7 +17,6 @@ from undercroft.host.acceleration import HostAcceleration
 from undercroft.host.agent import HostAgent
 from undercroft.host.environment import Environment
 from undercroft.host.registration import keep_described, register
-from undercroft.model.errors import UndercroftError
 from undercroft.operations.context import Context
 from undercroft.operations.core import Operations
 from undercroft.store.datadir import DataDirectory
@@ -26,34 +25,22 @@ from undercroft.store.sqlite import SQLiteStore
 log = structlog.get_logger("undercroft.daemon")
 
 
-def run_daemon(data: Path, listen: str | None = None) -> int:
-    """Runs the daemon until a signal ends it; returns the exit code. VMs run on.
+def run_daemon(data: Path, listen: str | None = None) -> None:
+    """Runs the daemon until a signal ends it. VMs run on.
 
-    Prints what went wrong to stderr and returns 1 if it cannot start.
+    Raises:
+        UndercroftError: it cannot start.
     """
     _configure_log()
-    try:
-        directory = DataDirectory.open(data)
-        directory.lock()
-    except UndercroftError as error:
-        return _complain(error)
+    directory = DataDirectory.open(data)
+    directory.lock()
     try:
         import uvloop
 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(serve(directory, listen))
-    except UndercroftError as error:
-        return _complain(error)
     finally:
         directory.unlock()
-    return 0
-
-
-def _complain(error: UndercroftError) -> int:
-    print(f"croft: {error.message} ({error.code})", file=sys.stderr)
-    if error.action:
-        print(f"  → {error.action}", file=sys.stderr)
-    return 1
 
 
 async def serve(directory: DataDirectory, listen: str | None) -> None:

@@ -62,7 +62,8 @@ class Daemon(Command):
 
             from undercroft.api.daemon import run_daemon
 
-            return run_daemon(Path(croft.data), args.listen)
+            run_daemon(Path(croft.data), args.listen)
+            return OK
         if args.what == "status":
             return _status(croft)
         running = _stop(croft)

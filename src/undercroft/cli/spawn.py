@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import re
 import subprocess
 import sys
 import time
+
+import msgspec
 
 from undercroft.model.errors import (
     DaemonError,
     ForbiddenError,
     NoSpaceError,
+    Problem,
     UndercroftError,
-    error_classes,
+    error_from_problem,
 )
 from undercroft.store.datadir import DataDirectory
 
@@ -30,7 +32,6 @@ _LOG_LIMIT = 8 << 20  # bytes of log that a new daemon adds to
 # For croft, not for the daemon: above all no token for another one.
 _OURS = {"CROFT_URL", "CROFT_TOKEN", "CROFT_FINGERPRINT", "CROFT_CA", "CROFT_DATA"}
 _TAIL = 12  # lines of the log that are shown
-_COMPLAINT = re.compile(r"croft: (.*) \(([a-z-]+)\)")  # how a daemon says why it does not start
 
 
 def ensure_daemon(croft: Croft, transport: Transport) -> Connection:
@@ -156,9 +157,10 @@ def _spawn(croft: Croft, log: str) -> subprocess.Popen[bytes]:
 
 
 def daemon_command(data: str) -> list[str]:
-    """What runs the daemon of a data directory, out of this very installation."""
+    """What runs the daemon of a data directory, out of this very installation. What it does not
+    start for it writes as problem JSON, which `_why` reads."""
     python = [sys.executable, *(["-I"] if sys.flags.isolated else [])]
-    return [*python, "-m", "undercroft.cli", "daemon", "--data", data]
+    return [*python, "-m", "undercroft.cli", "--json", "daemon", "--data", data]
 
 
 def _wait(
@@ -187,12 +189,9 @@ def _wait(
 
 def _why(log: str, offset: int) -> UndercroftError:
     """What the daemon did not start for: its own error, or the end of its log."""
-    lines = _read(log, offset)
-    for number in range(len(lines) - 1, -1, -1):
-        match = _COMPLAINT.fullmatch(lines[number])
-        if match is not None and match[2] in (classes := error_classes()):
-            rest = [line.strip().removeprefix("→").strip() for line in lines[number + 1 :]]
-            return classes[match[2]](match[1], action=" ".join(rest) or None)
+    for line in reversed(_read(log, offset)):
+        with contextlib.suppress(msgspec.DecodeError):
+            return error_from_problem(msgspec.json.decode(line, type=Problem))
     return DaemonError("the daemon did not start", action=_last_words(log, offset))
 
 

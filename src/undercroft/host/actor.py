@@ -18,10 +18,10 @@ import structlog
 
 from undercroft.host import orphans
 from undercroft.host.environment import Environment
+from undercroft.host.failure import settle_failure
 from undercroft.host.observer import Observer
 from undercroft.host.outcome import (
     TaskRun,
-    change_spec,
     change_status,
     finish,
     unexpected,
@@ -33,7 +33,7 @@ from undercroft.hypervisor.suspend import discard_state
 from undercroft.model.errors import CancelledTaskError, UndercroftError
 from undercroft.model.event import EventLevel
 from undercroft.model.task import Task
-from undercroft.model.vm import VM, Power, VMState
+from undercroft.model.vm import VM, VMState
 from undercroft.store.interface import Delete, Put, Release
 
 log = structlog.get_logger(__name__)
@@ -234,20 +234,20 @@ class VMActor:
         if task.spec.verb == "vm.create" and vm.status.state is VMState.REMOVING:
             cancel = True  # it was given up
         if cancel and not run.committed:
-            await self._cancelled_outcome(vm, run)
+            await settle_failure(self, vm, run)
             return
         verb = self.verbs.get(task.spec.verb)
         if verb is None:
             error = UndercroftError(f"nobody knows how to do {task.spec.verb}", object=vm.label)
-            await self._failed(vm, run, error)
+            await settle_failure(self, vm, run, error)
             return
         try:
             outcome = await self._carried_out(verb, vm, run)
         except UndercroftError as error:
             if task_id in self._cancelled and isinstance(error, CancelledTaskError):
-                await self._cancelled_outcome(vm, run)
+                await settle_failure(self, vm, run)
             else:
-                await self._failed(vm, run, error)
+                await settle_failure(self, vm, run, error)
         else:
             await finish(
                 self.environment,
@@ -293,92 +293,6 @@ class VMActor:
             error = caught
         log.error("task failed", task=run.id, vm=self.id, exc_info=error)
         raise unexpected(error, vm) from error
-
-    async def _failed(self, vm: VM, run: TaskRun, error: UndercroftError) -> None:
-        verb = run.task.spec.verb
-        log.warning("task failed", task=run.id, verb=verb, vm=vm.meta.name, error=error.message)
-        if verb == "vm.create":
-            await self._undo_creation(run, error=error)
-            return
-        await finish(
-            self.environment,
-            VM,
-            self.id,
-            run.id,
-            error=error,
-            change=lambda v: self._settled(v, message=error.message, verb=verb),
-            event=(f"{verb}.failed", f"{vm.label}: {error.message}", EventLevel.ERROR),
-        )
-
-    async def _cancelled_outcome(self, vm: VM, run: TaskRun) -> None:
-        verb = run.task.spec.verb
-        if verb == "vm.create":
-            await self._undo_creation(run)
-            return
-        await finish(
-            self.environment,
-            VM,
-            self.id,
-            run.id,
-            cancelled=True,
-            change=lambda v: self._settled(v, verb=verb),
-            event=(f"{verb}.cancelled", f"{vm.label}: {verb} was cancelled", EventLevel.INFO),
-        )
-
-    async def _undo_creation(self, run: TaskRun, error: UndercroftError | None = None) -> None:
-        """A VM that could not be created, or that is to be removed, leaves nothing behind; one that
-        was created but did not start stays, switched off. Without an ``error`` it was cancelled."""
-        # Written before anything is undone, so that it stays decided whatever comes in between.
-        vm = await write(self.environment, VM, self.id, _given_up)
-        if vm is None:
-            return
-        why = "it was cancelled" if error is None else error.message
-        level = EventLevel.INFO if error is None else EventLevel.ERROR
-        if vm.status.state is not VMState.REMOVING:
-            await finish(
-                self.environment,
-                VM,
-                self.id,
-                run.id,
-                error=error,
-                cancelled=error is None,
-                change=lambda v: self._settled(v, message=error.message if error else None),
-                event=("vm.start.failed", f"{vm.label} was created but not started: {why}", level),
-            )
-            return
-        removal = await self.verbs["vm.remove"](self, vm, run)
-        await finish(
-            self.environment,
-            VM,
-            self.id,
-            run.id,
-            error=error,
-            cancelled=error is None,
-            change=removal.change,
-            extra=removal.extra,
-            event=("vm.create.failed", f"{vm.label} was not created: {why}", level),
-        )
-
-    def _settled(self, vm: VM, message: str | None = None, verb: str = "") -> VM:
-        """The record after something did not come about: it says what is, and if nothing else is
-        waiting also wants what is, so that nothing happens behind the user's back."""
-        state = self.present_state(vm)
-        if verb == "vm.remove":  # it is not being removed any more
-            status = msgspec.structs.replace(vm.status, state=state)
-            vm = msgspec.structs.replace(vm, status=status)
-        vm = change_status(vm, state=state, message=message)
-        if self.machine is not None:
-            vm = change_status(vm, instance=self.machine.instance)
-        else:
-            vm = change_status(vm, instance=None, addresses=(), agent=None)
-        if vm.tasks:
-            return vm
-        power = {
-            VMState.RUNNING: Power.RUNNING,
-            VMState.PAUSED: Power.PAUSED,
-            VMState.SUSPENDED: Power.SUSPENDED,
-        }.get(state, Power.STOPPED)
-        return change_spec(vm, power=power)
 
     def present_state(self, vm: VM) -> VMState:
         """What the VM is doing, seen from its machine."""
@@ -437,12 +351,6 @@ class VMActor:
 async def _carry_out(verb: Verb, actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
     await run.begin()
     return await verb(actor, vm, run)
-
-
-def _given_up(vm: VM) -> VM:
-    if vm.status.state is not VMState.CREATING:
-        return vm
-    return change_status(vm, state=VMState.REMOVING)
 
 
 def _without(vm: VM, task_id: str) -> VM:

@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from undercroft.cli import spawn
@@ -24,7 +25,7 @@ lock = open(f"{data}/daemon.lock", "w")
 try:
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 except BlockingIOError:
-    print("croft: another daemon works here (data-locked)", flush=True)
+    print("another daemon works here", flush=True)
     sys.exit(1)
 time.sleep(delay)
 os.makedirs(f"{data}/run", exist_ok=True)
@@ -138,9 +139,9 @@ def test_one_that_is_starting_already_is_waited_for(data, started):
 
 def test_its_own_reason_is_passed_on(data, started):
     chosen, _ = started
-    chosen["program"] = (
-        "print('noise'); print('croft: it has layout 9 (data-newer)'); print('  → get a newer one')"
-    )
+    error = DataNewerError("it has layout 9", action="get a newer one")
+    problem = msgspec.json.encode(error.problem()).decode()
+    chosen["program"] = f"print('noise'); print({problem!r}); print('[1, 2]')"
     with pytest.raises(DataNewerError) as caught:
         Croft().connect()
     assert caught.value.message == "it has layout 9"
