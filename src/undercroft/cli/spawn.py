@@ -24,7 +24,8 @@ from undercroft.store.datadir import DataDirectory
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from undercroft.cli.context import Croft
-    from undercroft.client.transport import Connection, Transport
+    from undercroft.client.connection import Connection
+    from undercroft.client.transport import Transport
 
 START_LIMIT = 30.0  # seconds until a daemon must answer
 _STEP = 0.02

@@ -6,7 +6,8 @@ Errors are still those of `undercroft.model.errors`; they are only imported when
 from __future__ import annotations
 
 from undercroft.client.connect import Endpoint
-from undercroft.client.transport import TIMEOUT, Response, Transport, broken
+from undercroft.client.connection import broken
+from undercroft.client.transport import TIMEOUT, Response, Transport
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

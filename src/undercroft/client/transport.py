@@ -7,133 +7,17 @@ keeps its connection to itself, and the next request opens another.
 
 from __future__ import annotations
 
-import select
-import socket
-
-from undercroft.client.connect import Endpoint, open_socket
+from undercroft.client.connection import CHUNK, MAX_HEAD, MAX_LINE, Connection, Gone, broken
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from typing import Self
 
-    from undercroft.model.errors import UndercroftError
+    from undercroft.client.connect import Endpoint
 
 TIMEOUT = 60.0  # seconds without a byte
-MAX_HEAD = 64 << 10
-MAX_LINE = 1 << 20
-_CHUNK = 64 << 10
 _SAFE_TO_REPEAT = ("GET", "HEAD")
-
-
-class _Gone(Exception):
-    """The connection ended, or broke, before the response began."""
-
-
-class Connection:
-    """A socket and what was received but not yet taken."""
-
-    __slots__ = ("_buffer", "_socket", "used", "where")
-
-    def __init__(self, endpoint: Endpoint) -> None:
-        self._socket = open_socket(endpoint)
-        self._buffer = bytearray()
-        self.where = str(endpoint)
-        self.used = False
-
-    def set_timeout(self, seconds: float | None) -> None:
-        """How long a single read or write may take; None: for ever."""
-        self._socket.settimeout(seconds)
-
-    def stale(self) -> bool:
-        """Whether the server has ended this idle connection (or sent what nobody asked for)."""
-        poll = select.poll()
-        poll.register(self._socket.fileno(), select.POLLIN | select.POLLRDHUP)
-        return bool(poll.poll(0))
-
-    def answered(self) -> bool:
-        """Whether an answer has begun to arrive, though the request is not wholly sent."""
-        if not self._buffer and self.stale():
-            timeout = self._socket.gettimeout()
-            self._socket.settimeout(0)
-            try:
-                data = self._socket.recv(_CHUNK)
-            except OSError:  # nothing yet: with TLS also what carries no data makes it readable
-                return False
-            finally:
-                self._socket.settimeout(timeout)
-            self._buffer += data
-            return True
-        return bool(self._buffer)
-
-    def send(self, data: bytes | bytearray | memoryview) -> None:
-        """Sends all of it. Raises OSError."""
-        self._socket.sendall(data)
-
-    def receive(self, size: int = _CHUNK) -> bytes:
-        """Up to ``size`` bytes, empty at the end of the stream. Raises as the API's client does."""
-        if self._buffer:
-            data = bytes(self._buffer[:size])
-            del self._buffer[:size]
-            return data
-        return self._fill(size)
-
-    def line(self, limit: int = MAX_LINE) -> bytes:
-        """One line without its end. Empty also stands for an empty line."""
-        start = 0
-        while (end := self._buffer.find(b"\n", start)) < 0:
-            start = len(self._buffer)
-            if start > limit:
-                raise broken(self.where, "a line without end")
-            data = self._fill()
-            if not data:
-                raise broken(self.where, "the connection ended in the middle of an answer")
-            self._buffer += data
-        line = bytes(self._buffer[:end])
-        del self._buffer[: end + 1]
-        return line[:-1] if line.endswith(b"\r") else line
-
-    def head(self) -> list[bytes]:
-        """The lines of a response's head.
-
-        Raises:
-            _Gone: the connection ended before the first byte.
-        """
-        while (end := self._buffer.find(b"\r\n\r\n")) < 0:
-            if len(self._buffer) > MAX_HEAD:
-                raise broken(self.where, "a head without end")
-            data = self._fill()
-            if not data:
-                if self._buffer:
-                    raise broken(self.where, "the connection ended in the middle of an answer")
-                raise _Gone
-            self._buffer += data
-        if end > MAX_HEAD:
-            raise broken(self.where, "a head without end")
-        lines = bytes(self._buffer[:end]).split(b"\r\n")
-        del self._buffer[: end + 4]
-        return lines
-
-    def _fill(self, size: int = _CHUNK) -> bytes:
-        try:
-            return self._socket.recv(size)
-        except TimeoutError:
-            from undercroft.model.errors import TimeLimitError
-
-            raise TimeLimitError(
-                f"the daemon at {self.where} does not react",
-                action="see its log (daemon.log in its data directory)",
-            ) from None
-        except OSError:
-            return b""  # whoever reads knows whether that is too early
-
-    def detach(self) -> tuple[socket.socket, bytes]:
-        """The socket, and what was received already, for another protocol."""
-        return self._socket, bytes(self._buffer)
-
-    def close(self) -> None:
-        """Ends it."""
-        self._socket.close()
 
 
 class Response:
@@ -189,7 +73,7 @@ class Response:
                     yield data
             else:
                 while self._length:
-                    data = connection.receive(min(self._length, _CHUNK))
+                    data = connection.receive(min(self._length, CHUNK))
                     if not data:
                         raise broken(
                             connection.where, "the connection ended in the middle of an answer"
@@ -213,7 +97,7 @@ class Response:
             if size <= 0:
                 break
             while size:
-                data = connection.receive(min(size, _CHUNK))
+                data = connection.receive(min(size, CHUNK))
                 if not data:
                     raise broken(
                         connection.where, "the connection ended in the middle of an answer"
@@ -293,7 +177,7 @@ class Transport:
             connection.set_timeout(self.timeout if timeout is None else timeout)
             try:
                 return self._exchange(connection, method, head, body)
-            except _Gone:
+            except Gone:
                 connection.close()
                 if not connection.used or method not in _SAFE_TO_REPEAT:
                     raise broken(self.where, "the connection ended without an answer") from None
@@ -395,13 +279,3 @@ def _parse_head(where: str, lines: list[bytes]) -> tuple[int, dict[str, str]]:
         key, text = name.decode("latin-1").lower(), value.decode("latin-1").strip()
         headers[key] = f"{headers[key]}, {text}" if key in headers else text
     return int(first[1]), headers
-
-
-def broken(where: str, what: str) -> UndercroftError:
-    """The error for an answer that cannot be used."""
-    from undercroft.model.errors import DaemonError
-
-    return DaemonError(
-        f"the answer of the daemon at {where} is broken: {what}",
-        action="see whether it still runs (croft daemon), and its log",
-    )

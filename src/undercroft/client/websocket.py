@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from websockets.client import ClientProtocol
     from websockets.protocol import Event
 
-    from undercroft.client.transport import Connection
+    from undercroft.client.connection import Connection
 
 _CONNECT = 30.0  # seconds until the handshake must be through
 _CLOSE = 2.0  # seconds for the other side to say goodbye
