@@ -18,6 +18,7 @@ from undercroft.host.check import check_host
 from undercroft.host.environment import Environment
 from undercroft.host.housekeeping import keep_house
 from undercroft.host.images import ImageWorker
+from undercroft.host.layers import collect_layers, rename_volumes
 from undercroft.host.outcome import final_status
 from undercroft.host.services import LocalHost
 from undercroft.host.verbs import VM_VERBS
@@ -60,12 +61,14 @@ class HostAgent:
             for item in vms.items
             if item.record.spec.host == self.environment.host
         }
+        await asyncio.to_thread(rename_volumes, self.environment.directory.volumes)
         await asyncio.gather(*(self._adopt(vm) for vm in known.values()))
         await orphans.end_orphans(self.environment, self._owned())
         images = await self.environment.store.list(Image)
         for image in images.items:
             self._image_worker(image.record)
         await self._end_ownerless_tasks(known, {i.record.meta.id for i in images.items})
+        await collect_layers(self.environment)
         for actor in self._actors.values():
             actor.launch()
         revision = min(vms.revision, images.revision)

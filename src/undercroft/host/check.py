@@ -20,9 +20,11 @@ import msgspec
 from undercroft.host import orphans
 from undercroft.host.environment import Environment
 from undercroft.host.files import remove_tree
+from undercroft.host.layers import collect_layers
 from undercroft.host.outcome import write
 from undercroft.model.errors import AlreadyExistsError, StaleError
 from undercroft.model.image import Image, ImageState
+from undercroft.model.layer import Layer
 from undercroft.model.requests import CheckFinding, CheckReport
 from undercroft.model.task import Task
 from undercroft.model.vm import VM, VMState
@@ -48,6 +50,7 @@ class _Records:
     between is not taken for stray; volumes before the VMs that they go with."""
 
     volumes: dict[str, Versioned[Volume]]
+    layers: dict[str, Layer]
     images: dict[str, Image]
     vms: dict[str, Versioned[VM]]
     tasks: set[str]
@@ -55,10 +58,11 @@ class _Records:
     @classmethod
     async def read(cls, store: Store) -> _Records:
         volumes = {i.record.meta.id: i for i in (await store.list(Volume)).items}
+        layers = {i.record.meta.id: i.record for i in (await store.list(Layer)).items}
         images = {i.record.meta.id: i.record for i in (await store.list(Image)).items}
         vms = {i.record.meta.id: i for i in (await store.list(VM)).items}
         tasks = {i.record.meta.id for i in (await store.list(Task)).items}
-        return cls(volumes, images, vms, tasks)
+        return cls(volumes, layers, images, vms, tasks)
 
 
 async def check_host(
@@ -109,7 +113,7 @@ def _files(data: Path) -> dict[str, list[Path]]:
     return {
         "a VM's directory": _entries(data / "vms"),
         "a VM's sockets": _entries(data / "run" / "vms"),
-        "a volume": _entries(data / "volumes"),
+        "a layer of a volume": _entries(data / "volumes"),
         "an image": _entries(data / "images"),
         "something half-made": [p for p in _entries(data / "tmp") if _changed(p) < old],
     }
@@ -138,7 +142,7 @@ def _stray_files(
     accounted: dict[str, Callable[[Path], bool]] = {
         "a VM's directory": lambda path: path.name in records.vms,
         "a VM's sockets": lambda path: path.name in records.vms,
-        "a volume": lambda path: path.name.removesuffix(".qcow2") in records.volumes,
+        "a layer of a volume": lambda path: path.name.removesuffix(".qcow2") in records.layers,
         "an image": lambda path: making or path.name in digests,
         "something half-made": lambda path: making,
     }
@@ -165,7 +169,7 @@ def _missing_files(environment: Environment, records: _Records) -> Iterator[Chec
     }
     for id, found in records.volumes.items():
         volume = found.record
-        path = environment.volume_path(id)
+        path = environment.layer_path(volume.status.head or id)
         if volume.spec.vm not in busy and not path.exists():
             yield CheckFinding(
                 code="missing-volume",
@@ -217,7 +221,7 @@ async def _ownerless(
             )
         except StaleError:
             return []  # it was seen to meanwhile
-        await asyncio.to_thread(environment.volume_path(id).unlink, True)
+        await collect_layers(environment)
     return [
         CheckFinding(
             code="ownerless-volume",

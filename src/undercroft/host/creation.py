@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import os
-from pathlib import Path
-
-import msgspec
 
 from undercroft.host import power
 from undercroft.host.actor import Outcome, VMActor
 from undercroft.host.environment import UID_BASE, Environment
-from undercroft.host.files import allocated, remove_tree
+from undercroft.host.files import remove_tree
+from undercroft.host.layers import collect_layers, head_layer, make_layer, volume_status
 from undercroft.host.outcome import TaskRun, change_status, write
-from undercroft.model.errors import DataError
-from undercroft.model.image import Image
+from undercroft.model.snapshot import Snapshot
 from undercroft.model.vm import VM, Power, VMState
 from undercroft.model.volume import Volume, VolumeState
+from undercroft.operations.context import snapshot_scope
 from undercroft.operations.vm_change import removal_releases
+from undercroft.storage.files import allocated, sync_directory
 from undercroft.storage.threads import in_thread
-from undercroft.storage.volumes import create_volume
-from undercroft.store.interface import Delete, Put, Release, update
+from undercroft.store.interface import Delete, Put, Release, Transaction, update
 
 
 async def create(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
@@ -69,30 +66,14 @@ def _make_directories(environment: Environment, id: str) -> None:
 
 async def _make_volume(environment: Environment, id: str) -> None:
     """Makes a volume's file; does nothing if it is there already."""
-    found = await environment.store.get(Volume, id)
-    if found is None:
-        raise DataError(f"the record of volume {id} is gone", object=f"volume {id}")
-    volume = found.record
-    path = environment.volume_path(id)
-    base: tuple[Path, str] | None = None
-    if volume.spec.image is not None:
-        image = await environment.store.get(Image, volume.spec.image)
-        content = image.record.status.content if image is not None else None
-        if image is None or content is None or content.disk is None:
-            raise DataError(f"the image of {volume.label} is gone", object=volume.label)
-        directory = environment.data / "images" / str(image.record.status.digest)
-        base = (directory / content.disk, content.disk_format.value)
-    if not path.exists():
-        await create_volume(path, volume.spec.size, base=base, tmp=environment.tmp)
-    taken = await asyncio.to_thread(allocated, path)
+    head = await head_layer(environment, id)
+    await make_layer(environment, head)
+    taken = await asyncio.to_thread(allocated, environment.layer_path(head))
     await update(
         environment.store,
         Volume,
         id,
-        lambda record: msgspec.structs.replace(
-            record,
-            status=msgspec.structs.replace(record.status, state=VolumeState.READY, allocated=taken),
-        ),
+        lambda record: volume_status(record, state=VolumeState.READY, allocated=taken),
     )
 
 
@@ -105,12 +86,10 @@ async def remove(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
         await actor.machine.quit()
         await actor.exited(None)
         actor.release()
-    volumes = []
-    for disk in vm.spec.disks:
-        found = await environment.store.get(Volume, disk.volume)
-        if found is not None and found.record.spec.vm == vm.meta.id:
-            volumes.append(found.record)
-    await in_thread(lambda _: _remove_files(environment, vm.meta.id, volumes))
+    volumes = await _own_volumes(environment, vm)
+    await _give_up_layers(environment, vm, volumes)
+    await collect_layers(environment)
+    await in_thread(lambda _: _remove_files(environment, vm.meta.id))
 
     def extra(record: VM) -> tuple[list[Put], list[Delete], list[Release]]:
         deletes = [Delete(Volume, volume.meta.id) for volume in volumes]
@@ -124,14 +103,33 @@ async def remove(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
     )
 
 
-def _remove_files(environment: Environment, id: str, volumes: list[Volume]) -> None:
+async def _own_volumes(environment: Environment, vm: VM) -> list[Volume]:
+    volumes = []
+    for disk in vm.spec.disks:
+        found = await environment.store.get(Volume, disk.volume)
+        if found is not None and found.record.spec.vm == vm.meta.id:
+            volumes.append(found.record)
+    return volumes
+
+
+async def _give_up_layers(environment: Environment, vm: VM, volumes: list[Volume]) -> None:
+    """Writes that a VM's volumes and snapshots need no layers any more; its snapshots are gone."""
     for volume in volumes:
-        environment.volume_path(volume.meta.id).unlink(missing_ok=True)
+        await update(environment.store, Volume, volume.meta.id, lambda v: volume_status(v, head=""))
+    for item in (await environment.store.list(Snapshot)).items:
+        snapshot = item.record
+        if snapshot.spec.vm == vm.meta.id:
+            await environment.store.transact(
+                Transaction(
+                    deletes=[Delete(Snapshot, snapshot.meta.id)],
+                    releases=[
+                        Release(snapshot_scope(vm.meta.id), snapshot.meta.name, snapshot.meta.id)
+                    ],
+                )
+            )
+
+
+def _remove_files(environment: Environment, id: str) -> None:
     remove_tree(environment.run_directory(id))
     remove_tree(environment.vm_directory(id))
-    for parent in (environment.data / "volumes", environment.data / "vms"):
-        handle = os.open(parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    sync_directory(environment.data / "vms")

@@ -35,6 +35,9 @@ class Environment:
     uid_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     images_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while the content of an image is removed, or found to be there and written down."""
+    layers_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while layers are found to be needed by nobody and removed, and while one is taken into
+    use that was there before."""
     closing: bool = False
     _emulators: dict[str, Emulator] = field(default_factory=dict)
 
@@ -51,9 +54,9 @@ class Environment:
         """A VM's sockets."""
         return self.directory.vm_run(id)
 
-    def volume_path(self, id: str) -> Path:
-        """The file of a volume."""
-        return self.directory.volume(id)
+    def layer_path(self, id: str) -> Path:
+        """The file of a layer."""
+        return self.directory.layer(id)
 
     def suspended_path(self, id: str) -> Path:
         """The saved state of a suspended VM."""

@@ -6,9 +6,8 @@ import uuid
 from pathlib import Path
 
 from undercroft.host.environment import Environment
+from undercroft.host.layers import plan_layers
 from undercroft.hypervisor.plan import (
-    DiskFormat,
-    DiskLayer,
     MachinePlan,
     PlanDisk,
     PlanForward,
@@ -76,7 +75,7 @@ async def make_plan(environment: Environment, vm: VM, seed: Path | None) -> Mach
         kernel=kernel,
         initrd=initrd,
         kernel_arguments=arguments,
-        disks=await _disks(environment, vm),
+        disks=await plan_disks(environment, vm),
         seed=str(seed) if seed is not None else None,
         ports=_ports(vm),
         display=spec.display,
@@ -141,35 +140,25 @@ def _hostname_argument(vm: VM, content: ImageContent) -> str:
     return f"undercroft.hostname={vm.spec.guest.hostname or vm.meta.name}"
 
 
-async def _disks(environment: Environment, vm: VM) -> tuple[PlanDisk, ...]:
+async def plan_disks(environment: Environment, vm: VM) -> tuple[PlanDisk, ...]:
+    """The disks of a VM with the files that their content is in.
+
+    Raises:
+        DataError: a volume, a layer or an image is gone.
+    """
     disks = []
     for index, disk in enumerate(vm.spec.disks):
         found = await environment.store.get(Volume, disk.volume)
         if found is None:
             raise DataError(f"volume {disk.volume} of {vm.label} is gone", object=vm.label)
         volume = found.record
-        backing: tuple[DiskLayer, ...] = ()
-        if volume.spec.image is not None:
-            base = await environment.store.get(Image, volume.spec.image)
-            content = base.record.status.content if base is not None else None
-            directory = _image_directory(environment, base.record if base is not None else None)
-            if content is None or content.disk is None or directory is None:
-                raise DataError(
-                    f"the image beneath {volume.label} is gone",
-                    object=volume.label,
-                    action="see: croft image ls",
-                )
-            backing = (
-                DiskLayer(
-                    path=str(directory / content.disk),
-                    format=DiskFormat(content.disk_format.value),
-                ),
-            )
+        top, *backing = await plan_layers(environment, volume.status.head, index)
         disks.append(
             PlanDisk(
-                path=str(environment.volume_path(volume.meta.id)),
-                format=DiskFormat.QCOW2,
-                backing=backing,
+                path=top.path,
+                format=top.format,
+                node=top.node,
+                backing=tuple(backing),
                 bus=disk.bus,
                 read_only=disk.read_only,
                 serial=volume.meta.id.removeprefix("vol-"),

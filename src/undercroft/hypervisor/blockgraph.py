@@ -16,11 +16,12 @@ __all__ = ["add_disk", "add_iso"]
 
 
 def add_disk(line: Line, name: str, disk: PlanDisk) -> str:
-    """Adds the graph of a disk; the node for the device to use (``NAME``)."""
+    """Adds the graph of a disk; the node for the device to use."""
     write = not disk.read_only
+    node = disk.node or name
     backing = _add_chain(line, name, disk.backing)
-    _add_layer(line, name, disk.path, disk.format, write=write, backing=backing)
-    return name
+    _add_layer(line, node, disk.path, disk.format, write=write, backing=backing)
+    return node
 
 
 def add_iso(line: Line, name: str, path: str) -> str:
@@ -34,7 +35,7 @@ def _add_chain(line: Line, name: str, layers: Sequence[DiskLayer]) -> str | None
     below: str | None = None
     for depth in range(len(layers), 0, -1):
         layer = layers[depth - 1]
-        node = f"{name}-base{depth}"
+        node = layer.node or f"{name}-base{depth}"
         _add_layer(line, node, layer.path, layer.format, write=False, backing=below)
         below = node
     return below

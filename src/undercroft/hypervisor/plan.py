@@ -43,22 +43,26 @@ class DiskFormat(StrEnum):
 
 
 class DiskLayer(Model, frozen=True, kw_only=True):
-    """A file beneath a disk, opened for reading only. ``path`` is absolute."""
+    """A file beneath a disk, opened for reading only. ``path`` is absolute; ``node`` what QEMU
+    calls it (empty: after its place in the chain)."""
 
     path: str
     format: DiskFormat
+    node: str = ""
 
 
 class PlanDisk(Model, frozen=True, kw_only=True):
     """A disk.
 
     ``backing`` is the chain beneath ``path``, nearest first. It is stated here and given to QEMU
-    as a graph: what the file's header says about a backing file is never followed.
+    as a graph: what the file's header says about a backing file is never followed. ``node`` is what
+    QEMU calls the file at the top (empty: ``diskN``).
     ``boot_index``: firmware tries the lowest first; None: not at all. ``serial`` at most 20 bytes.
     """
 
     path: str
     format: DiskFormat
+    node: str = ""
     backing: tuple[DiskLayer, ...] = ()
     bus: DiskBus = DiskBus.VIRTIO
     read_only: bool = False

@@ -16,6 +16,8 @@ _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: no i, l, 
 PREFIX = {
     "vm": "vm",
     "volume": "vol",
+    "layer": "layer",
+    "snapshot": "snap",
     "image": "img",
     "task": "task",
     "event": "ev",

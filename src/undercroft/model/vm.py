@@ -234,7 +234,8 @@ class Instance(Model, frozen=True, kw_only=True):
 
 class VMStatus(Model, frozen=True, kw_only=True):
     """What a VM is. ``agent`` tells whether the guest agent answers (None: not known);
-    ``restarts`` counts automatic restarts since a user last started it."""
+    ``restarts`` counts automatic restarts since a user last started it; ``snapshot`` is the id of
+    the snapshot that its present state comes from."""
 
     state: VMState = VMState.CREATING
     uid: int | None = None  # what its QEMU runs as, for as long as the VM exists
@@ -243,6 +244,7 @@ class VMStatus(Model, frozen=True, kw_only=True):
     addresses: tuple[str, ...] = ()
     agent: bool | None = None
     restarts: int = 0
+    snapshot: str | None = None
     message: str | None = None
 
 

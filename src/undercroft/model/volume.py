@@ -35,9 +35,11 @@ class VolumeSpec(Spec, frozen=True, kw_only=True):
 
 
 class VolumeStatus(Model, frozen=True, kw_only=True):
-    """``allocated`` is the space taken on the host, in bytes."""
+    """``head`` is the id of the layer that it writes to (`undercroft.model.layer`); ``allocated``
+    the space that one takes on the host, in bytes."""
 
     state: VolumeState = VolumeState.PENDING
+    head: str = ""
     allocated: int = 0
     message: str | None = None
 

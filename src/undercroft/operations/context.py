@@ -46,6 +46,11 @@ def scope(kind: str, project: str = "default") -> str:
     return f"{kind}/{project}"
 
 
+def snapshot_scope(vm: str) -> str:
+    """The scope in which the names of a VM's snapshots are unique."""
+    return f"snapshot/{vm}"
+
+
 async def find(store: Store, kind: type[R], ref: str, *, project: str = "default") -> Versioned[R]:
     """The object with this id or name.
 

@@ -45,7 +45,8 @@ async def create_volume(
     command = [tool("qemu-img", package="qemu-utils"), "create", "-q", "-f", "qcow2"]
     command += ["-o", "lazy_refcounts=off,extended_l2=off"]
     if base is not None:
-        command += ["-b", str(base[0]), "-F", base[1]]
+        # Unopened (-u): it may be in use, and its size is of no importance here.
+        command += ["-u", "-b", str(base[0]), "-F", base[1]]
     try:
         _check_room(tmp)
         await run([*command, str(half), str(size)], timeout=_CREATE_TIMEOUT)

@@ -108,7 +108,7 @@ class DataDirectory:
 
     @property
     def volumes(self) -> Path:
-        """The disks of VMs."""
+        """The layers of the disks of VMs."""
         return self.path / "volumes"
 
     @property
@@ -134,9 +134,9 @@ class DataDirectory:
         """What a VM (by id) keeps: logs, NVRAM, TPM, suspended state."""
         return self.vms / _id(vm)
 
-    def volume(self, volume: str) -> Path:
-        """The file of a volume (by id)."""
-        return self.volumes / f"{_id(volume)}.qcow2"
+    def layer(self, layer: str) -> Path:
+        """The file of a layer of a volume (by id)."""
+        return self.volumes / f"{_id(layer)}.qcow2"
 
     def image(self, digest: str) -> Path:
         """The directory of an image (by its hex SHA-256)."""

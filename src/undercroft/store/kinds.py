@@ -6,8 +6,12 @@ from undercroft.model.base import Record
 from undercroft.model.event import Event
 from undercroft.model.host import Host
 from undercroft.model.image import Image
+from undercroft.model.layer import Layer
+from undercroft.model.snapshot import Snapshot
 from undercroft.model.task import Task
 from undercroft.model.vm import VM
 from undercroft.model.volume import Volume
 
-KINDS: dict[str, type[Record]] = {cls.kind: cls for cls in (VM, Volume, Image, Task, Event, Host)}
+KINDS: dict[str, type[Record]] = {
+    cls.kind: cls for cls in (VM, Volume, Layer, Snapshot, Image, Task, Event, Host)
+}

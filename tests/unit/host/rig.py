@@ -17,6 +17,7 @@ from undercroft.host import actor as actor_module
 from undercroft.host import exits, power
 from undercroft.host.actor import VMActor
 from undercroft.host.environment import Environment
+from undercroft.host.layers import head_layer
 from undercroft.host.verbs import VM_VERBS
 from undercroft.hypervisor.emulator import Emulator
 from undercroft.hypervisor.machine import ExitReport, MachineEvent, MachineStats, RunState
@@ -257,6 +258,11 @@ class Rig:
         with contextlib.suppress(UndercroftError):
             await self.store.transact(Transaction())
 
+    async def disk(self, vm: VM) -> Path:
+        """The file that the VM's first disk is written to."""
+        head = await head_layer(self.environment, vm.spec.disks[0].volume)
+        return self.environment.layer_path(head)
+
     async def again(self) -> None:
         """The daemon ends, and another begins."""
         await self.close()
@@ -320,7 +326,7 @@ async def rigged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
     monkeypatch.setattr(Environment, "emulator", lambda self, arch: find(arch))
     monkeypatch.setattr(power, "QemuMachine", hypervisor)
     monkeypatch.setattr(actor_module, "QemuMachine", hypervisor)
-    monkeypatch.setattr("undercroft.host.creation.create_volume", volume)
+    monkeypatch.setattr("undercroft.host.layers.create_volume", volume)
     monkeypatch.setattr(exits, "backoff", lambda restarts: 0.01)
     monkeypatch.setattr(power, "ASK_INTERVAL", 0.01)
     monkeypatch.setattr(power, "AGENT_PATIENCE", 0.01)

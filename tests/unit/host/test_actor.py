@@ -31,7 +31,7 @@ async def test_create_and_start(rig: Rig) -> None:
     assert vm.status.state is VMState.RUNNING
     assert vm.status.instance == rig.hypervisor.machine.instance
     assert vm.tasks == ()
-    assert rig.environment.volume_path(vm.spec.disks[0].volume).exists()
+    assert (await rig.disk(vm)).exists()
     assert "vm.started" in await events(rig)
     await rig.world.check_invariants()
 

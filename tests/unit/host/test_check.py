@@ -17,6 +17,7 @@ from tests.unit.operations.world import HOST
 from undercroft.host import check as check_module
 from undercroft.host.check import GRACE, check_host
 from undercroft.model.image import Image, ImageFile, ImageState
+from undercroft.model.layer import Layer
 from undercroft.model.requests import CheckFinding
 from undercroft.model.units import GiB
 from undercroft.model.vm import VM, Forward
@@ -34,7 +35,7 @@ async def healthy(rig: Rig) -> VM:
     environment = rig.environment
     environment.vm_directory(vm.meta.id).mkdir(parents=True)
     environment.run_directory(vm.meta.id).mkdir(parents=True)
-    environment.volume_path(vm.spec.disks[0].volume).write_bytes(b"volume")
+    (await rig.disk(vm)).write_bytes(b"volume")
     return vm
 
 
@@ -62,7 +63,7 @@ async def test_a_healthy_host(rig: Rig) -> None:
     report = await check_host(rig.environment, set, True)
     assert report.findings == ()
     assert report.checked == {"vms": 1, "volumes": 1, "images": 0}
-    assert rig.environment.volume_path(vm.spec.disks[0].volume).exists()
+    assert (await rig.disk(vm)).exists()
 
 
 @pytest.mark.parametrize(
@@ -126,7 +127,7 @@ async def test_while_an_image_is_made_its_things_are_left_alone(rig: Rig) -> Non
 
 async def test_a_missing_volume_cannot_be_repaired(rig: Rig) -> None:
     vm = await healthy(rig)
-    rig.environment.volume_path(vm.spec.disks[0].volume).unlink()
+    (await rig.disk(vm)).unlink()
     (finding,) = await look(rig, repair=True)
     assert (finding.code, finding.repaired) == ("missing-volume", False)
     assert finding.object == "volume web1-boot"
@@ -156,7 +157,7 @@ async def test_damaged_images(rig: Rig) -> None:
 
 async def test_an_ownerless_volume(rig: Rig) -> None:
     vm = await healthy(rig)
-    volume = vm.spec.disks[0].volume
+    disk = await rig.disk(vm)
     other = await rig.world.created("web2")
     await rig.store.transact(
         Transaction(
@@ -173,7 +174,8 @@ async def test_an_ownerless_volume(rig: Rig) -> None:
     ):
         path.rmdir()
     await found_and_repaired(rig, "ownerless-volume")
-    assert not rig.environment.volume_path(volume).exists()
+    assert not disk.exists()
+    assert await rig.world.all(Layer) == []
     assert await rig.world.all(Volume) == []
     assert await rig.store.resolve(scope("volume"), "web1-boot") is None
     assert (await rig.world.vm("web2")) == other
@@ -264,27 +266,28 @@ async def test_a_vm_that_comes_to_be_meanwhile_is_spared(
     async def create() -> None:
         vm = await rig.world.created("web2", disk=GiB)
         rig.environment.vm_directory(vm.meta.id).mkdir()
-        rig.environment.volume_path(vm.spec.disks[0].volume).write_bytes(b"new")
+        (await rig.disk(vm)).write_bytes(b"new")
 
     for step in ("_Records", "_records"):
         with monkeypatch.context() as patched:
             assert await at_the_worst_moment(rig, patched, step, create) == []
         vm = await rig.world.vm("web2")
         assert rig.environment.vm_directory(vm.meta.id).exists()
-        assert rig.environment.volume_path(vm.spec.disks[0].volume).exists()
+        assert (await rig.disk(vm)).exists()
         await _gone(rig, vm)
 
 
 async def _gone(rig: Rig, vm: VM) -> None:
     environment = rig.environment
     volume = vm.spec.disks[0].volume
-    environment.volume_path(volume).unlink()
+    disk = await rig.disk(vm)
+    disk.unlink()
     environment.vm_directory(vm.meta.id).rmdir()
     if environment.run_directory(vm.meta.id).exists():
         environment.run_directory(vm.meta.id).rmdir()
     await rig.store.transact(
         Transaction(
-            deletes=[Delete(VM, vm.meta.id), Delete(Volume, volume)],
+            deletes=[Delete(VM, vm.meta.id), Delete(Volume, volume), Delete(Layer, disk.stem)],
             releases=[
                 Release(scope("vm"), vm.meta.name, vm.meta.id),
                 Release(scope("volume"), f"{vm.meta.name}-boot", volume),

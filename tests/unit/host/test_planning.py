@@ -34,7 +34,10 @@ DIGEST = "ab" * 32
 async def made(rig: Rig, **values: Any) -> VM:
     """A VM that is only written down."""
     await rig.close()
-    return await rig.world.created("web1", **values)
+    vm = await rig.world.created("web1", **values)
+    if vm.spec.disks:
+        await rig.disk(vm)
+    return vm
 
 
 async def test_a_whole_plan(rig: Rig) -> None:
@@ -80,7 +83,8 @@ async def test_a_whole_plan(rig: Rig) -> None:
         )
     )
     (disk,) = plan.disks
-    assert disk.path == str(data / "volumes" / f"{volume}.qcow2")
+    assert disk.path == str(await rig.disk(vm))
+    assert disk.node == f"{Path(disk.path).stem}.0"
     assert [(layer.path, layer.format) for layer in disk.backing] == [
         (str(data / "images" / DIGEST / "disk.qcow2"), "qcow2")
     ]
@@ -123,6 +127,7 @@ async def test_a_kernel_boots_with_its_own_arguments_and_the_users(rig: Rig) -> 
 async def test_disks_boot_in_their_order(rig: Rig) -> None:
     vm = await made(rig, disk=GiB)
     other = await rig.world.created("web2", disk=GiB)
+    await rig.disk(other)
     extra = Disk(volume=other.spec.disks[0].volume, bus=DiskBus.NVME, read_only=True)
     spec = msgspec.structs.replace(vm.spec, disks=(*vm.spec.disks, extra))
     plan = await make_plan(rig.environment, msgspec.structs.replace(vm, spec=spec), None)

@@ -23,6 +23,7 @@ from undercroft.model.errors import (
     NotFoundError,
     WrongStateError,
 )
+from undercroft.model.layer import Layer
 from undercroft.model.requests import StopRequest, VMChange, VMCreate
 from undercroft.model.task import Task
 from undercroft.model.units import GiB
@@ -178,8 +179,9 @@ class Accidents(RuleBasedStateMachine):
             set(vms) - there,
             await self.rig.world.all(Task),
         )
-        volumes = {volume.meta.id for volume in await self.rig.world.all(Volume)}
-        assert {path.stem for path in (data / "volumes").iterdir()} == volumes
+        heads = {volume.status.head for volume in await self.rig.world.all(Volume)}
+        assert {path.stem for path in (data / "volumes").iterdir()} == heads
+        assert {layer.meta.id for layer in await self.rig.world.all(Layer)} == heads
         for task in await self.rig.world.all(Task):
             assert task.status.state.final
 

@@ -189,7 +189,7 @@ def test_paths(path: Path):
     digest = "0" * 64
     assert directory.vm(ID) == path / "vms" / ID
     assert directory.vm_run(ID) == path / "run" / "vms" / ID
-    assert directory.volume("vol-0123456789abcdef") == path / "volumes/vol-0123456789abcdef.qcow2"
+    assert directory.layer("vol-0123456789abcdef") == path / "volumes/vol-0123456789abcdef.qcow2"
     assert directory.image(digest) == path / "images" / digest
     assert directory.cached("probe.json") == path / "cache" / "probe.json"
     assert directory.socket == path / "run" / "api.sock"
@@ -204,7 +204,7 @@ def test_no_name_leads_out(text: str):
     for make in (
         directory.vm,
         directory.vm_run,
-        directory.volume,
+        directory.layer,
         directory.image,
         directory.cached,
         directory.new_tmp,

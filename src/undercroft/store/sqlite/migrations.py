@@ -6,6 +6,7 @@ the end of `MIGRATIONS`. Each runs in a transaction of its own.
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Callable, Sequence
 
@@ -43,4 +44,29 @@ def create(db: sqlite3.Connection) -> None:
         db.execute(statement)
 
 
-MIGRATIONS: Sequence[Migration] = (create,)
+def layers(db: sqlite3.Connection) -> None:
+    """Version 2: volumes have layers. The file of each volume becomes its first layer, of which the
+    id is that of the volume with another prefix; the host's agent renames the file."""
+    revision, *_ = db.execute("SELECT revision FROM state").fetchone()
+    rows = db.execute("SELECT id, value FROM record WHERE kind = 'volume'").fetchall()
+    for id, value in rows:
+        volume = json.loads(value)
+        head = "layer-" + id.removeprefix("vol-")
+        spec = volume["spec"]
+        layer = {
+            "meta": {"id": head, "name": head, "created": volume["meta"]["created"]},
+            "spec": {key: spec[key] for key in ("host", "size", "image") if spec.get(key)},
+            "status": {"state": "ready"},
+        }
+        volume.setdefault("status", {})["head"] = head
+        db.execute(
+            "UPDATE record SET value = ? WHERE kind = 'volume' AND id = ?",
+            (json.dumps(volume), id),
+        )
+        db.execute(
+            "INSERT INTO record (kind, id, revision, value) VALUES ('layer', ?, ?, ?)",
+            (head, revision, json.dumps(layer)),
+        )
+
+
+MIGRATIONS: Sequence[Migration] = (create, layers)

@@ -1,0 +1,219 @@
+"""The layers of volumes: their chains, their files, and who needs them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from undercroft.host.environment import Environment
+from undercroft.hypervisor.plan import DiskFormat, DiskLayer
+from undercroft.model.base import Meta
+from undercroft.model.errors import DataError, StaleError
+from undercroft.model.image import Image
+from undercroft.model.layer import Layer, LayerSpec, LayerState
+from undercroft.model.names import new_id
+from undercroft.model.snapshot import Snapshot
+from undercroft.model.volume import Volume
+from undercroft.storage.files import sync_directory
+from undercroft.storage.volumes import create_volume
+from undercroft.store.interface import Check, Delete, Put, Transaction, update
+
+
+def new_layer(
+    environment: Environment, size: int, *, parent: str | None = None, image: str | None = None
+) -> Layer:
+    """A layer of this host that has no file yet."""
+    id = new_id("layer")
+    return Layer(
+        meta=Meta(id=id, name=id, created=environment.clock()),
+        spec=LayerSpec(host=environment.host, size=size, parent=parent, image=image),
+    )
+
+
+async def get_layer(environment: Environment, id: str) -> Layer:
+    """The layer with this id.
+
+    Raises:
+        DataError: its record is gone.
+    """
+    found = await environment.store.get(Layer, id)
+    if found is None:
+        raise DataError(f"the record of {id} is gone", object=f"layer {id}")
+    return found.record
+
+
+async def chain(environment: Environment, head: str) -> list[Layer]:
+    """A layer and all that lie beneath it, from the top down."""
+    layers = [await get_layer(environment, head)]
+    while (parent := layers[-1].spec.parent) is not None:
+        layers.append(await get_layer(environment, parent))
+    return layers
+
+
+async def head_layer(environment: Environment, id: str) -> str:
+    """The layer that a volume writes to; a first one, without a file, if it has none yet.
+
+    Raises:
+        DataError: the record of the volume is gone.
+    """
+    while True:
+        found = await environment.store.get(Volume, id)
+        if found is None:
+            raise DataError(f"the record of volume {id} is gone", object=f"volume {id}")
+        volume = found.record
+        if volume.status.head:
+            return volume.status.head
+        layer = new_layer(environment, volume.spec.size, image=volume.spec.image)
+        wanted = volume_status(volume, head=layer.meta.id)
+        with contextlib.suppress(StaleError):
+            await environment.store.transact(
+                Transaction(
+                    checks=[Check(Volume, id, found.revision)], puts=[Put(wanted), Put(layer)]
+                )
+            )
+
+
+def node_name(layer: str, index: int) -> str:
+    """What QEMU calls a layer of disk ``index``: told apart, as disks may share layers."""
+    return f"{layer}.{index}"
+
+
+async def plan_layers(environment: Environment, head: str, index: int) -> tuple[DiskLayer, ...]:
+    """The files of a chain as QEMU is to be told of them, from the top down.
+
+    Raises:
+        DataError: a layer, or the image at the bottom, is gone.
+    """
+    layers = await chain(environment, head)
+    planned = [
+        DiskLayer(
+            path=str(environment.layer_path(layer.meta.id)),
+            format=DiskFormat.QCOW2,
+            node=node_name(layer.meta.id, index),
+        )
+        for layer in layers
+    ]
+    if layers[-1].spec.image is not None:
+        path, format = await image_disk(environment, layers[-1].spec.image)
+        planned.append(DiskLayer(path=str(path), format=format))
+    return tuple(planned)
+
+
+async def image_disk(environment: Environment, id: str) -> tuple[Path, DiskFormat]:
+    """The disk of an image.
+
+    Raises:
+        DataError: the image is gone, or has none.
+    """
+    found = await environment.store.get(Image, id)
+    status = found.record.status if found is not None else None
+    content = status.content if status is not None else None
+    if status is None or status.digest is None or content is None or content.disk is None:
+        raise DataError(
+            f"image {id}, which a disk lies on, is gone",
+            object=f"image {id}",
+            action="see: croft image ls",
+        )
+    path = environment.data / "images" / status.digest / content.disk
+    return path, DiskFormat(content.disk_format.value)
+
+
+async def make_layer(environment: Environment, id: str) -> None:
+    """Makes a layer's file; does nothing if it is there already.
+
+    Raises:
+        NoSpaceError: the disk is full. ProgramError: qemu-img failed.
+    """
+    layer = await get_layer(environment, id)
+    path = environment.layer_path(id)
+    if not path.exists():
+        base: tuple[Path, str] | None = None
+        if layer.spec.parent is not None:
+            base = (environment.layer_path(layer.spec.parent), DiskFormat.QCOW2)
+        elif layer.spec.image is not None:
+            base = await image_disk(environment, layer.spec.image)
+        await create_volume(path, layer.spec.size, base=base, tmp=environment.tmp)
+    await update(environment.store, Layer, id, _ready)
+
+
+def volume_status(volume: Volume, **values: Any) -> Volume:
+    """The volume with other values in its status."""
+    return msgspec.structs.replace(volume, status=msgspec.structs.replace(volume.status, **values))
+
+
+def _ready(layer: Layer) -> Layer:
+    status = msgspec.structs.replace(layer.status, state=LayerState.READY)
+    return msgspec.structs.replace(layer, status=status)
+
+
+class Uses:
+    """Who needs which layer, as the store had it at one moment."""
+
+    def __init__(
+        self, layers: Iterable[Layer], volumes: Iterable[Volume], snapshots: Iterable[Snapshot]
+    ) -> None:
+        self.layers = {layer.meta.id: layer for layer in layers}
+        self.children: dict[str, list[str]] = {}
+        for layer in self.layers.values():
+            if layer.spec.parent is not None:
+                self.children.setdefault(layer.spec.parent, []).append(layer.meta.id)
+        self.heads = {volume.status.head: volume.meta.id for volume in volumes}
+        self.snapshots: dict[str, list[str]] = {}
+        for snapshot in snapshots:
+            for disk in snapshot.status.disks:
+                for id in {disk.layer, disk.next}:
+                    self.snapshots.setdefault(id, []).append(snapshot.meta.id)
+
+    @classmethod
+    async def read(cls, environment: Environment) -> Uses:
+        """Who needs which layer now."""
+        store = environment.store
+        layers = [item.record for item in (await store.list(Layer)).items]
+        volumes = [item.record for item in (await store.list(Volume)).items]
+        snapshots = [item.record for item in (await store.list(Snapshot)).items]
+        return cls(layers, volumes, snapshots)
+
+    def needed(self, id: str) -> bool:
+        """Whether anybody needs the layer: to write to, to go back to, or to lie on."""
+        return bool(self.children.get(id)) or id in self.heads or id in self.snapshots
+
+    def unneeded(self) -> list[Layer]:
+        """The layers that nobody needs."""
+        return [layer for id, layer in self.layers.items() if not self.needed(id)]
+
+    def forget(self, layers: Iterable[Layer]) -> None:
+        """Leaves these out, and what they needed."""
+        for layer in layers:
+            del self.layers[layer.meta.id]
+            if layer.spec.parent is not None:
+                self.children[layer.spec.parent].remove(layer.meta.id)
+
+
+async def collect_layers(environment: Environment) -> None:
+    """Removes all layers that nobody needs. The file goes first, so that a crash leaves no file
+    without a record."""
+    async with environment.layers_lock:
+        uses = await Uses.read(environment)
+        while unneeded := uses.unneeded():
+            for layer in unneeded:
+                await asyncio.to_thread(_unlink, environment.layer_path(layer.meta.id))
+            deletes = [Delete(Layer, layer.meta.id) for layer in unneeded]
+            await environment.store.transact(Transaction(deletes=deletes))
+            uses.forget(unneeded)
+
+
+def _unlink(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        sync_directory(path.parent)
+
+
+def rename_volumes(directory: Path) -> None:
+    """Gives files of volumes from before there were layers the names that their layers have."""
+    for path in directory.glob("vol-*.qcow2"):
+        path.rename(path.with_name("layer-" + path.name.removeprefix("vol-")))
