@@ -19,6 +19,7 @@ from undercroft.api.guests import GuestController
 from undercroft.api.hosts import HostController
 from undercroft.api.images import ImageController
 from undercroft.api.problems import answer_problem
+from undercroft.api.snapshots import SnapshotController
 from undercroft.api.statistics import Statistics
 from undercroft.api.system import health, metrics, version
 from undercroft.api.tasks import TaskController
@@ -44,6 +45,7 @@ ROUTES: list[ControllerRouterHandler] = [
     health,
     metrics,
     VMController,
+    SnapshotController,
     GuestController,
     console,
     console_page,

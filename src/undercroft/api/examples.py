@@ -19,6 +19,8 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "changeVM": {"cpus": 4, "memory": 2 << 30},
     "stopVM": {"timeout": 30.0},
     "restartVM": {"force": True},
+    "createSnapshot": {"name": "before-upgrade", "description": "all is well", "memory": True},
+    "revertSnapshot": {"force": True},
     "execInVM": {"argv": ["uname", "-a"], "timeout": 10.0},
     "createImage": {"source": "build", "value": "debian:12"},
     "checkHost": {"repair": False},

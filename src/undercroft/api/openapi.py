@@ -35,6 +35,7 @@ On the unix socket the kernel tells who asks: root, the daemon's own user, and m
 TAGS = {
     "system": "What answers.",
     "vms": "Virtual machines.",
+    "snapshots": "VMs as they were.",
     "guests": "Into a running VM.",
     "consoles": "Serial and VNC consoles, as WebSockets.",
     "images": "What VMs are made from.",

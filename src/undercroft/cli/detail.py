@@ -206,6 +206,28 @@ def task_detail(croft: Croft, task: Any) -> str:
     return f"{style.paint(dig(task, 'spec.verb', ''), 'bold')}  {line}\n" + _indent(body)
 
 
+def snapshot_detail(croft: Croft, snapshot: Any) -> str:
+    """A snapshot."""
+    style = croft.out
+    status = dig(snapshot, "status", {})
+    kept = "disks and memory" if status.get("memory") else "disks"
+    if status.get("quiesced"):
+        kept += ", file systems in order"
+    shape = status.get("shape") or {}
+    pairs: Pairs = [
+        ("what for", style.clean(dig(snapshot, "spec.description", ""))),
+        ("of", _name(croft, "vms", dig(snapshot, "spec.vm"))),
+        ("keeps", kept),
+        ("memory", size(status["memory"]) if status.get("memory") else ""),
+        ("shape", f"{shape.get('cpus')} CPUs, {size(shape.get('memory'))}" if shape else ""),
+        ("taken", local_time(dig(snapshot, "meta.created", 0))),
+        ("id", dig(snapshot, "meta.id", "")),
+    ]
+    body = fields(style, [(a, b) for a, b in pairs if b])
+    line = style.state(status.get("state", ""))
+    return f"{style.paint(dig(snapshot, 'meta.name', ''), 'bold')}  {line}\n" + _indent(body)
+
+
 def volume_detail(croft: Croft, volume: Any) -> str:
     """A volume."""
     style = croft.out

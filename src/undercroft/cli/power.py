@@ -10,6 +10,7 @@ from undercroft.client.raw import quote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from undercroft.cli.context import Croft
@@ -45,7 +46,14 @@ class Power(Command):
         )
 
 
-def act(croft: Croft, refs: list[str], ask: Any, done: str, *, no_wait: bool) -> int:
+def act(
+    croft: Croft,
+    refs: list[str],
+    ask: Any,
+    done: str | Callable[[Any], str],
+    *,
+    no_wait: bool,
+) -> int:
     """Asks for a task per name (``ask``), waits for all, and tells what became of each.
 
     One that is refused does not hold up the others.
@@ -74,7 +82,8 @@ def act(croft: Croft, refs: list[str], ask: Any, done: str, *, no_wait: bool) ->
         if not failed(task):
             took = (dig(task, "status.finished") or 0) - dig(task, "meta.created", 0)
             time = croft.out.paint(elapsed(max(took, 0)), "dim")
-            croft.say(f"{dig(task, 'spec.object.name')} {done}   {time}")
+            what = done if isinstance(done, str) else done(task)
+            croft.say(f"{dig(task, 'spec.object.name')} {what}   {time}")
     return report_failures(croft, tasks) or code
 
 

@@ -32,6 +32,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "image import": ("images", "Import", "Make an image from a disk file or an address"),
     "image catalogue": ("images", "Catalogue", "List the images that can be fetched by name"),
     "image rm": ("images", "Rm", "Remove images"),
+    "snapshot create": ("snapshots", "Create", "Keep what a VM is now"),
+    "snapshot ls": ("snapshots", "Ls", "List the snapshots of a VM"),
+    "snapshot show": ("snapshots", "Show", "Show everything about a snapshot"),
+    "snapshot revert": ("snapshots", "Revert", "Make a VM what it was in a snapshot"),
+    "snapshot rm": ("snapshots", "Rm", "Forget snapshots"),
     "volume ls": ("volumes", "Ls", "List volumes: the disks of VMs"),
     "volume show": ("volumes", "Show", "Show everything about a volume"),
     "task ls": ("tasks", "Ls", "List tasks: what is under way, and how it went"),
@@ -53,6 +58,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
 
 NOUNS = {
     "image": "Images: what VMs are made from",
+    "snapshot": "Snapshots: VMs as they were",
     "volume": "Volumes: the disks of VMs",
     "task": "Tasks: what is under way",
     "host": "This host",
@@ -63,6 +69,7 @@ NOUNS = {
 THEMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Run virtual machines", ("run", "ls", "show", "set", "rm")),
     ("Switch them", ("start", "stop", "restart", "reset", "pause", "resume", "suspend")),
+    ("Keep them as they are", ("snapshot create", "snapshot ls", "snapshot revert", "snapshot rm")),
     ("Get into them", ("shell", "console", "exec", "cp", "log", "screenshot")),
     (
         "What they are made from",
@@ -81,6 +88,10 @@ ALIASES = {
     "logs": "log",
     "remove": "rm",
     "images": "image ls",
+    "snapshots": "snapshot ls",
+    "snapshot list": "snapshot ls",
+    "snapshot take": "snapshot create",
+    "snapshot remove": "snapshot rm",
     "volumes": "volume ls",
     "tasks": "task ls",
     "event": "events",

@@ -15,6 +15,7 @@ from undercroft.client.decode import convert, decode
 from undercroft.client.images import ImagesClient
 from undercroft.client.noun import Noun, Versioned
 from undercroft.client.raw import Raw
+from undercroft.client.snapshots import SnapshotsClient
 from undercroft.client.streams import follow
 from undercroft.client.transport import TIMEOUT
 from undercroft.client.vms import VMsClient
@@ -24,6 +25,7 @@ from undercroft.model.event import Event
 from undercroft.model.host import Host
 from undercroft.model.image import Image
 from undercroft.model.requests import CheckReport, VersionInfo
+from undercroft.model.snapshot import Snapshot
 from undercroft.model.task import Task
 from undercroft.model.vm import VM
 from undercroft.model.volume import Volume
@@ -31,7 +33,7 @@ from undercroft.model.volume import Volume
 __all__ = ["Change", "Client", "Versioned"]
 
 R = TypeVar("R", bound=Record)
-_KINDS: tuple[type[Record], ...] = (VM, Volume, Image, Task, Event, Host)
+_KINDS: tuple[type[Record], ...] = (VM, Volume, Snapshot, Image, Task, Event, Host)
 _RECORDS = {cls.kind: cls for cls in _KINDS}
 _LONG_POLL = 20.0  # seconds
 
@@ -55,6 +57,7 @@ class Client:
         self.raw = Raw(endpoint, timeout)
         self.vms = VMsClient(self.raw)
         self.images = ImagesClient(self.raw)
+        self.snapshots = SnapshotsClient(self.raw)
         self.volumes = Noun(self.raw, "/v1/volumes", Volume)
         self.tasks = TasksClient(self.raw)
         self.events = EventsClient(self.raw)

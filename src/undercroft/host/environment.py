@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from undercroft.hypervisor.emulator import Emulator, find_emulator
+from undercroft.model.snapshot import Snapshot
 from undercroft.store.datadir import DataDirectory
 from undercroft.store.interface import Store
 
@@ -57,6 +58,10 @@ class Environment:
     def layer_path(self, id: str) -> Path:
         """The file of a layer."""
         return self.directory.layer(id)
+
+    def snapshot_directory(self, snapshot: Snapshot) -> Path:
+        """What belongs to a snapshot besides the layers of its disks."""
+        return self.vm_directory(snapshot.spec.vm) / "snapshots" / snapshot.meta.id
 
     def suspended_path(self, id: str) -> Path:
         """The saved state of a suspended VM."""

@@ -90,6 +90,11 @@ def _settled(actor: VMActor, vm: VM, error: UndercroftError | None, verb: str = 
     """The record after something did not come about: it says what is, and if nothing else is
     waiting also wants what is."""
     state = actor.present_state(vm)
+    if verb in ("snapshot.create", "snapshot.remove"):  # whether it runs was not the question
+        message = error.message if error else None
+        if actor.machine is None:
+            return change_status(vm, message=message)
+        return change_status(vm, message=message, state=state)
     if verb == "vm.remove":  # it is not being removed any more
         vm = msgspec.structs.replace(vm, status=msgspec.structs.replace(vm.status, state=state))
     vm = change_status(vm, state=state, message=error.message if error else None)

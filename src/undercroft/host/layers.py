@@ -17,7 +17,7 @@ from undercroft.model.errors import DataError, StaleError
 from undercroft.model.image import Image
 from undercroft.model.layer import Layer, LayerSpec, LayerState
 from undercroft.model.names import new_id
-from undercroft.model.snapshot import Snapshot
+from undercroft.model.snapshot import Snapshot, SnapshotState
 from undercroft.model.volume import Volume
 from undercroft.storage.files import sync_directory
 from undercroft.storage.volumes import create_volume
@@ -165,8 +165,9 @@ class Uses:
         self.heads = {volume.status.head: volume.meta.id for volume in volumes}
         self.snapshots: dict[str, list[str]] = {}
         for snapshot in snapshots:
+            taking = snapshot.status.state is SnapshotState.PENDING
             for disk in snapshot.status.disks:
-                for id in {disk.layer, disk.next}:
+                for id in {disk.layer, disk.next} if taking else {disk.layer}:
                     self.snapshots.setdefault(id, []).append(snapshot.meta.id)
 
     @classmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from undercroft.host import creation, power
+from undercroft.host import creation, power, snapshots
 from undercroft.host.actor import Verb
 
 VM_VERBS: dict[str, Verb] = {
@@ -15,4 +15,7 @@ VM_VERBS: dict[str, Verb] = {
     "vm.pause": power.pause,
     "vm.resume": power.resume,
     "vm.suspend": power.suspend,
+    "snapshot.create": snapshots.take,
+    "snapshot.revert": snapshots.revert,
+    "snapshot.remove": snapshots.remove,
 }

@@ -12,7 +12,7 @@ from typing import Any
 from undercroft.hypervisor.line import Line
 from undercroft.hypervisor.plan import DiskFormat, DiskLayer, PlanDisk
 
-__all__ = ["add_disk", "add_iso"]
+__all__ = ["add_disk", "add_iso", "layer_nodes"]
 
 
 def add_disk(line: Line, name: str, disk: PlanDisk) -> str:
@@ -44,13 +44,22 @@ def _add_chain(line: Line, name: str, layers: Sequence[DiskLayer]) -> str | None
 def _add_layer(
     line: Line, node: str, path: str, format: DiskFormat, *, write: bool, backing: str | None
 ) -> None:
+    name = line.file(node, path, write=write)
+    for description in layer_nodes(node, name, format, write=write, backing=backing):
+        line.blockdev(description)
+
+
+def layer_nodes(
+    node: str, filename: str, format: DiskFormat, *, write: bool, backing: str | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The two nodes of a layer: ``NODE-file`` for its file, and ``NODE`` for what that holds."""
     # A format that is only nearly one of ours must not slip past the comparison below: a qcow2
     # node without its "backing" would follow what the image's header says.
     format = DiskFormat(format)
     file: dict[str, Any] = {
         "driver": "file",
         "node-name": f"{node}-file",
-        "filename": line.file(node, path, write=write),
+        "filename": filename,
         "read-only": not write,
         "aio": "threads",
         "cache": {"direct": False, "no-flush": False},
@@ -68,5 +77,4 @@ def _add_layer(
         top["detect-zeroes"] = "unmap"
     if format is DiskFormat.QCOW2:
         top["backing"] = backing
-    line.blockdev(file)
-    line.blockdev(top)
+    return file, top

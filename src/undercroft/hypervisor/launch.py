@@ -24,7 +24,7 @@ from undercroft.hypervisor.process import Process, spawn
 from undercroft.hypervisor.tpm import start_tpm
 from undercroft.model.errors import QemuStartError
 
-__all__ = ["Launch", "clean_run_directory", "launch", "open_output", "read_plan"]
+__all__ = ["Launch", "clean_run_directory", "launch", "open_output", "read_plan", "write_plan"]
 
 PLAN_FILE = "plan.json"
 OUTPUT_FIFO = "output"
@@ -55,7 +55,7 @@ def launch(plan: MachinePlan, line: CommandLine, firmware: FirmwareFiles | None)
                 directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             if firmware is not None:
                 _prepare_nvram(Path(nvram_path(plan)), Path(firmware.variables))
-            (run / PLAN_FILE).write_bytes(encode_plan(plan))
+            write_plan(plan)
             theirs = _open_output_writer(run)
             stack.callback(os.close, theirs)
             ours = open_output(run)
@@ -152,6 +152,14 @@ def read_plan(run: Path) -> MachinePlan:
         OSError, msgspec.MsgspecError: there is none.
     """
     return decode_plan((run / PLAN_FILE).read_bytes())
+
+
+def write_plan(plan: MachinePlan) -> None:
+    """Keeps the plan in the run directory, for whoever takes this QEMU over."""
+    path = Path(plan.run_directory) / PLAN_FILE
+    part = path.with_suffix(".part")
+    part.write_bytes(encode_plan(plan))
+    part.replace(path)
 
 
 def clean_run_directory(run: Path) -> None:

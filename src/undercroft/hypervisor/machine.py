@@ -17,6 +17,7 @@ import msgspec
 
 from undercroft.hypervisor import sockets
 from undercroft.hypervisor.board import machine_version
+from undercroft.hypervisor.branch import branch, written_nodes
 from undercroft.hypervisor.commandline import command_line, needs_tsc
 from undercroft.hypervisor.emulator import Emulator
 from undercroft.hypervisor.firmware import find_firmware
@@ -28,10 +29,11 @@ from undercroft.hypervisor.launch import (
     launch,
     open_output,
     read_plan,
+    write_plan,
 )
 from undercroft.hypervisor.measure import measure
 from undercroft.hypervisor.output import OutputLog
-from undercroft.hypervisor.plan import MachinePlan
+from undercroft.hypervisor.plan import MachinePlan, PlanDisk
 from undercroft.hypervisor.process import Process, boot_id
 from undercroft.hypervisor.screen import open_vnc, take_screenshot
 from undercroft.hypervisor.session import END_TIMEOUT, MachineSession
@@ -262,6 +264,44 @@ class QemuMachine(MachineSession):
             raise
         self._asked = "suspended"
         return await self.quit()
+
+    @needs(RunState.RUNNING, *_STOPPED)
+    async def branch(self, disks: tuple[PlanDisk, ...]) -> None:
+        """Has the guest's disks written to other files from one moment on, over those that they
+        were written to until then. ``disks``: all of them, as they are to be. May be repeated.
+
+        Raises:
+            QmpError, TimeLimitError, OSError: it did not work (`branched` tells).
+        """
+        await branch(self._monitor, disks)
+        self.plan = msgspec.structs.replace(self.plan, disks=disks)
+        await asyncio.to_thread(write_plan, self.plan)
+
+    async def branched(self, disks: tuple[PlanDisk, ...]) -> bool:
+        """Whether the disks are written to these files.
+
+        Raises:
+            QmpError, TimeLimitError: QEMU does not tell.
+        """
+        return await written_nodes(self._monitor, len(disks)) == [disk.node for disk in disks]
+
+    @needs(*_STOPPED)
+    async def save_memory(
+        self, path: Path, progress: Callable[[float], None] | None = None
+    ) -> None:
+        """Writes the state of a paused guest, all but its disks, to ``path``, with the plan beside
+        it (`suspended_plan`); it stays paused.
+
+        Raises:
+            NoSpaceError, QmpError, TimeLimitError: it did not work; there is no file.
+        """
+        before = self.run_state
+        self._set_state(RunState.SUSPENDING)
+        try:
+            await save_state(self._monitor, self.plan, path, progress)
+        finally:
+            if self.run_state is RunState.SUSPENDING:
+                self._set_state(before)
 
     @needs(*_ALIVE)
     async def screenshot(self) -> bytes:

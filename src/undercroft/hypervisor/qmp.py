@@ -145,11 +145,13 @@ class Monitor:
             self._send(descriptor)
             await self.execute("getfd", {"fdname": name})
 
-    async def add_to_set(self, descriptor: int) -> int:
-        """Hands a descriptor to QEMU as a new fdset; its number: ``/dev/fdset/N``."""
+    async def add_to_set(self, descriptor: int, number: int | None = None) -> int:
+        """Hands a descriptor to QEMU as part of an fdset, a new one without ``number``; returns
+        the set's number: ``/dev/fdset/N``."""
         async with self._descriptors:
             self._send(descriptor)
-            answer = await self.execute("add-fd")
+            arguments = None if number is None else {"fdset-id": number}
+            answer = await self.execute("add-fd", arguments)
         return int(answer["fdset-id"])
 
     async def remove_set(self, number: int) -> None:

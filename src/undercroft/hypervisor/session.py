@@ -131,10 +131,6 @@ class MachineSession:
     async def _learn_state(self) -> None:
         """Asks what happened before we listened, and acts on it."""
         status = (await self._monitor.execute("query-status"))["status"]
-        if status in ("finish-migrate", "postmigrate"):
-            # A daemon died while suspending: the file is not there, the guest is still whole.
-            with contextlib.suppress(QmpError):
-                await self._monitor.execute("migrate_cancel")
         for device in await self._monitor.execute("query-chardev"):
             if device["label"] == "agent" and self.agent is not None:
                 self.agent.channel.present = bool(device["frontend-open"])

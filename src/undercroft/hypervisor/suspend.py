@@ -18,11 +18,12 @@ from undercroft.hypervisor.plan import MachinePlan, decode_plan, encode_plan
 from undercroft.hypervisor.qmp import Monitor
 from undercroft.model.errors import DataCorruptError, NoSpaceError, QmpError
 
-__all__ = ["discard_state", "load_state", "save_state", "suspended_plan"]
+__all__ = ["discard_state", "link_state", "load_state", "save_state", "suspended_plan"]
 
 _POLL = 0.02
 _STREAM = "state"
 _FILE_URI = (8, 2, 0)  # QEMU that knows ``file:``; for newer ones ``fd:`` to a file is deprecated
+_UNDER_WAY = ("setup", "active", "pre-switchover", "device", "cancelling", "wait-unplug")
 _UNLIMITED = 1 << 40  # bytes per second; QEMU's own default is 128 MiB
 
 
@@ -60,6 +61,15 @@ def discard_state(path: Path) -> None:
         _sync(path.parent)
 
 
+def link_state(path: Path, other: Path) -> None:
+    """Keeps a saved state under another name as well. Neither file is ever written to again, so
+    they may share their content."""
+    for old, new in ((_plan_path(path), _plan_path(other)), (path, other)):
+        new.unlink(missing_ok=True)
+        os.link(old, new)
+    _sync(other.parent)
+
+
 async def save_state(
     monitor: Monitor,
     plan: MachinePlan,
@@ -72,18 +82,32 @@ async def save_state(
         NoSpaceError, QmpError, TimeLimitError: it did not work; there is no file.
     """
     part = _part_path(path)
-    if (await monitor.execute("query-status"))["status"] == "postmigrate":
-        # A daemon died after QEMU had written everything, but before the file was there. QEMU does
-        # not migrate twice in a row; there is no file, so the guest may go on for a moment.
-        await monitor.execute("cont")
-        await monitor.execute("stop")
     try:
-        await _migrate_to(monitor, part, progress)
+        if not await _written_already(monitor, part, progress):
+            if (await monitor.execute("query-status"))["status"] == "postmigrate":
+                # QEMU does not migrate twice in a row; there is no file, so the guest may go on
+                # for a moment.
+                await monitor.execute("cont")
+                await monitor.execute("stop")
+            await _migrate_to(monitor, part, progress)
         await asyncio.to_thread(_publish, part, path, encode_plan(plan))
     except OSError as error:
         raise NoSpaceError(f"the state of vm {plan.name} cannot be written: {error}") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+async def _written_already(
+    monitor: Monitor, part: Path, progress: Callable[[float], None] | None
+) -> bool:
+    """Whether QEMU has written the state for a daemon that died over that, or is just doing so:
+    then it is waited for."""
+    if (await monitor.execute("query-migrate")).get("status") in _UNDER_WAY:
+        with contextlib.suppress(QmpError):
+            await _follow(monitor, "written", progress)
+    status = (await monitor.execute("query-status"))["status"]
+    migration = (await monitor.execute("query-migrate")).get("status")
+    return status == "postmigrate" and migration == "completed" and part.exists()
 
 
 def _publish(part: Path, path: Path, plan: bytes) -> None:
@@ -141,7 +165,7 @@ async def _cancel(monitor: Monitor) -> None:
     await monitor.execute("migrate_cancel")
     while True:
         status = (await monitor.execute("query-migrate")).get("status")
-        if status not in ("setup", "active", "cancelling", "device", "wait-unplug"):
+        if status not in _UNDER_WAY:
             return
         await asyncio.sleep(_POLL)
 

@@ -74,6 +74,23 @@ class StopRequest(Spec, frozen=True, kw_only=True):
     timeout: float | None = None
 
 
+class SnapshotCreate(Spec, frozen=True, kw_only=True):
+    """A new snapshot. ``memory``: with what a running guest has in memory; ``quiesce``: have the
+    guest's agent bring its file systems in order first."""
+
+    name: str | None = None  # None: chosen
+    description: str = ""
+    memory: bool = False
+    quiesce: bool = False
+
+
+class RevertRequest(Spec, frozen=True, kw_only=True):
+    """How to go back to a snapshot: with ``force`` also if the VM runs; ``start`` it afterwards."""
+
+    force: bool = False
+    start: bool = False
+
+
 class ImageCreate(Spec, frozen=True, kw_only=True):
     """A new image. ``name`` None: taken from the source. ``value``: what to build, the path of a
     file on the daemon's host, an address, or a name in the catalogue."""

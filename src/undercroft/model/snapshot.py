@@ -37,12 +37,14 @@ class SnapshotSpec(Spec, frozen=True, kw_only=True):
 
 class SnapshotStatus(Model, frozen=True, kw_only=True):
     """What it is. ``parent`` (an id) is the snapshot that the VM had come from; ``shape`` what the
-    VM was like; ``memory``: bytes of its saved memory, 0 if it has none."""
+    VM was like; ``alive`` whether it was switched on, ``running`` whether its processors ran;
+    ``memory``: bytes of its saved memory, 0 if it has none."""
 
     state: SnapshotState = SnapshotState.PENDING
     parent: str | None = None
     disks: tuple[SnapshotDisk, ...] = ()
     shape: VMSpec | None = None
+    alive: bool = False
     running: bool = False
     quiesced: bool = False
     memory: int = 0

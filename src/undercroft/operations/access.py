@@ -12,6 +12,7 @@ PRIVILEGES = frozenset(
         "vm.create",
         "vm.power",
         "vm.change",
+        "vm.snapshot",
         "vm.remove",
         "vm.console",
         "vm.guest",  # exec and files inside the guest

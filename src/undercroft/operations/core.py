@@ -11,6 +11,7 @@ from undercroft.model.volume import Volume
 from undercroft.operations.access import Caller
 from undercroft.operations.context import Context, find
 from undercroft.operations.images import ImageOperations
+from undercroft.operations.snapshots import SnapshotOperations
 from undercroft.operations.tasks import TaskOperations
 from undercroft.operations.vms import VMOperations
 from undercroft.store.interface import Listing, Store, Versioned
@@ -94,6 +95,7 @@ class Operations:
         self.store: Store = context.store
         self.host = context.host
         self.vms = VMOperations(context)
+        self.snapshots = SnapshotOperations(context)
         self.images = ImageOperations(context)
         self.volumes = VolumeOperations(context)
         self.tasks = TaskOperations(context)

@@ -1,0 +1,414 @@
+"""How an actor takes a snapshot of its VM, goes back to one, and forgets one.
+
+The order in which things are written makes every step repeatable. A snapshot is taken by giving
+each volume a new layer over the one it wrote to: first its file, then the record, then QEMU. So
+whatever starts the VM after a crash, it writes to the new layer, and what QEMU may still have
+written to the old one before that is beneath it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+from collections.abc import AsyncIterator
+from functools import partial
+from pathlib import Path
+
+import msgspec
+
+from undercroft.host import power
+from undercroft.host.actor import Outcome, VMActor
+from undercroft.host.environment import Environment
+from undercroft.host.files import remove_tree
+from undercroft.host.imaging import reported
+from undercroft.host.layers import (
+    collect_layers,
+    get_layer,
+    head_layer,
+    make_layer,
+    new_layer,
+    volume_status,
+)
+from undercroft.host.outcome import TaskRun, change_status, write
+from undercroft.host.planning import plan_disks
+from undercroft.hypervisor.machine import QemuMachine, RunState
+from undercroft.hypervisor.suspend import discard_state, link_state
+from undercroft.model.base import Meta
+from undercroft.model.errors import (
+    AlreadyExistsError,
+    DataError,
+    GuestAgentError,
+    QmpError,
+    TimeLimitError,
+    UndercroftError,
+)
+from undercroft.model.layer import Layer
+from undercroft.model.snapshot import (
+    Snapshot,
+    SnapshotDisk,
+    SnapshotSpec,
+    SnapshotState,
+    SnapshotStatus,
+)
+from undercroft.model.vm import VM, Power, VMState
+from undercroft.model.volume import Volume
+from undercroft.operations.context import snapshot_scope
+from undercroft.operations.snapshots import already_taken
+from undercroft.storage.files import sync_directory
+from undercroft.storage.threads import in_thread
+from undercroft.store.interface import Claim, Delete, Put, Release, Transaction, update
+
+_BESIDES = ("nvram.fd", "tpm")  # what of a VM's directory belongs to its state
+
+
+async def take(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
+    """Takes a snapshot. The guest goes on meanwhile, unless its memory belongs to it: then it
+    stands still until that is saved."""
+    environment = actor.environment
+    await run.commit()
+    snapshot = await _begin(actor, vm, run)
+    machine = actor.machine
+    going = machine is not None and snapshot.status.running
+    branched = False
+    try:
+        for disk in snapshot.status.disks:
+            await make_layer(environment, disk.next)
+        if machine is not None and snapshot.spec.memory and machine.run_state is RunState.RUNNING:
+            await machine.pause()
+        await in_thread(lambda _: _copy_state(environment, snapshot))
+        async with _quiet(machine if snapshot.spec.quiesce else None):
+            await _switch(environment, snapshot, forward=True)
+            if machine is not None:
+                await _branch(environment, vm, machine)
+            branched = True
+        if snapshot.spec.memory and snapshot.status.alive:
+            await _save_memory(environment, run, snapshot, machine)
+    except UndercroftError:
+        if not branched:
+            await _switch(environment, snapshot, forward=False)
+        await _forget(environment, snapshot)
+        raise
+    finally:
+        if going and machine is not None and machine.run_state is RunState.PAUSED:
+            with contextlib.suppress(QmpError, TimeLimitError):
+                await machine.resume()
+    memory = await asyncio.to_thread(_memory_size, environment.snapshot_directory(snapshot))
+    status = msgspec.structs.replace(
+        snapshot.status,
+        state=SnapshotState.READY,
+        memory=memory,
+        quiesced=snapshot.spec.quiesce and machine is not None,
+    )
+    done = msgspec.structs.replace(snapshot, status=status)
+
+    def change(record: VM) -> VM:
+        record = change_status(record, snapshot=done.meta.id)
+        if actor.machine is None:  # it is off, or its end is still to be seen to
+            return record
+        return change_status(record, state=actor.present_state(record))
+
+    return Outcome(
+        change,
+        event="snapshot.created",
+        message=f"snapshot {done.meta.name} of {vm.label} was taken",
+        result={"snapshot": done.meta.id},
+        extra=lambda record: ([Put(done)], [], []),
+    )
+
+
+async def _begin(actor: VMActor, vm: VM, run: TaskRun) -> Snapshot:
+    """Writes down what is about to be taken, and the layers that it takes.
+
+    Raises:
+        AlreadyExistsError: there is one of that name.
+    """
+    environment = actor.environment
+    id = str(run.arguments["snapshot"])
+    found = await environment.store.get(Snapshot, id)
+    if found is not None:
+        return found.record
+    spec = msgspec.convert(run.arguments["spec"], SnapshotSpec)
+    disks: list[SnapshotDisk] = []
+    layers: list[Layer] = []
+    for disk in vm.spec.disks:
+        head = await get_layer(environment, await head_layer(environment, disk.volume))
+        following = head.meta.id
+        if not disk.read_only:
+            layers.append(new_layer(environment, head.spec.size, parent=head.meta.id))
+            following = layers[-1].meta.id
+        disks.append(SnapshotDisk(volume=disk.volume, layer=head.meta.id, next=following))
+    machine = actor.machine
+    snapshot = Snapshot(
+        meta=Meta(id=id, name=str(run.arguments["name"]), created=environment.clock()),
+        spec=spec,
+        status=SnapshotStatus(
+            parent=vm.status.snapshot,
+            disks=tuple(disks),
+            shape=vm.spec,
+            alive=machine is not None,
+            running=machine is not None and machine.run_state is RunState.RUNNING,
+        ),
+    )
+    try:
+        await environment.store.transact(
+            Transaction(
+                claims=[Claim(snapshot_scope(vm.meta.id), snapshot.meta.name, id)],
+                puts=[Put(snapshot), *(Put(layer) for layer in layers)],
+            )
+        )
+    except AlreadyExistsError:
+        raise already_taken(vm, snapshot.meta.name) from None
+    return snapshot
+
+
+async def _save_memory(
+    environment: Environment, run: TaskRun, snapshot: Snapshot, machine: QemuMachine | None
+) -> None:
+    """Saves the memory of the guest, which stands still since before its disks branched off.
+
+    Raises:
+        UndercroftError: it could not be saved, or is gone.
+    """
+    path = environment.snapshot_directory(snapshot) / "memory"
+    if path.exists():  # by a daemon that died after that
+        return
+    if machine is None:
+        raise QmpError("the VM ended before its memory was saved", object=snapshot.label)
+    async with reported(run) as report:
+        await machine.save_memory(path, lambda fraction: report(fraction, "saving the memory"))
+
+
+@contextlib.asynccontextmanager
+async def _quiet(machine: QemuMachine | None) -> AsyncIterator[None]:
+    """Has the guest bring its file systems in order and leave them alone inside the block.
+
+    Raises:
+        GuestAgentError: its agent does not.
+    """
+    if machine is None:
+        yield
+        return
+    agent = machine.agent
+    if agent is None or machine.run_state is not RunState.RUNNING:
+        raise GuestAgentError(
+            f"no guest agent can bring the file systems of vm {machine.name} in order",
+            object=f"vm {machine.name}",
+            action="leave --quiesce out, or start the guest agent in the guest",
+        )
+    try:
+        await agent.freeze()
+        yield
+    finally:
+        with contextlib.suppress(UndercroftError):
+            await agent.thaw()
+
+
+async def _switch(environment: Environment, snapshot: Snapshot, *, forward: bool) -> None:
+    """Writes which layers the volumes write to: the new ones, or (back again) the old ones."""
+    for disk in snapshot.status.disks:
+        change = partial(volume_status, head=disk.next if forward else disk.layer)
+        await update(environment.store, Volume, disk.volume, change)
+
+
+async def _branch(environment: Environment, vm: VM, machine: QemuMachine) -> None:
+    """Has QEMU write to the new layers. If it dies over that, the VM goes on with them at its next
+    start.
+
+    Raises:
+        UndercroftError: QEMU runs, and writes to the old ones.
+    """
+    disks = await plan_disks(environment, vm)
+    try:
+        await machine.branch(disks)
+    except (UndercroftError, OSError) as error:
+        try:
+            if await machine.branched(disks):
+                return
+        except (QmpError, TimeLimitError):
+            return  # it has ended, or is about to be: whatever it wrote is beneath
+        if isinstance(error, OSError):
+            raise DataError(f"{error.filename}: {error.strerror}", object=vm.label) from error
+        raise
+
+
+async def _forget(environment: Environment, snapshot: Snapshot) -> None:
+    """Removes a snapshot that was not finished."""
+    await environment.store.transact(
+        Transaction(
+            deletes=[Delete(Snapshot, snapshot.meta.id)],
+            releases=[
+                Release(snapshot_scope(snapshot.spec.vm), snapshot.meta.name, snapshot.meta.id)
+            ],
+        )
+    )
+    await in_thread(lambda _: remove_tree(environment.snapshot_directory(snapshot)))
+    await collect_layers(environment)
+
+
+# -- going back -----------------------------------------------------------------------------
+
+
+async def revert(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
+    """Makes the VM what it was; what it has become since is lost unless a snapshot has it."""
+    environment = actor.environment
+    snapshot = await _get(environment, str(run.arguments["snapshot"]))
+    await run.commit()
+    if actor.machine is not None:
+        await run.progress(None, "switching it off")
+        await actor.machine.quit()
+        await actor.exited(None)
+        actor.release()
+    saved = environment.suspended_path(vm.meta.id)
+    await in_thread(lambda _: discard_state(saved))
+    await write(
+        environment,
+        VM,
+        vm.meta.id,
+        lambda v: change_status(v, state=VMState.STOPPED, instance=None),
+    )
+    for disk in snapshot.status.disks:
+        await _go_back(environment, disk)
+    await collect_layers(environment)
+    await in_thread(lambda _: _restore_state(environment, snapshot))
+    memory = environment.snapshot_directory(snapshot) / "memory"
+    if snapshot.status.memory:
+        await in_thread(lambda _: link_state(memory, saved))
+
+    def change(record: VM) -> VM:
+        state = VMState.SUSPENDED if snapshot.status.memory else VMState.STOPPED
+        return change_status(
+            record,
+            state=state,
+            instance=None,
+            addresses=(),
+            agent=None,
+            message=None,
+            snapshot=snapshot.meta.id,
+        )
+
+    reverted = await write(environment, VM, vm.meta.id, change)
+    outcome = Outcome(lambda record: record)
+    if reverted is not None and reverted.spec.power is Power.RUNNING:
+        outcome = await power.start(actor, reverted, run)
+    outcome.event = "snapshot.reverted"
+    outcome.message = f"{vm.label} went back to snapshot {snapshot.meta.name}"
+    return outcome
+
+
+async def _get(environment: Environment, id: str) -> Snapshot:
+    found = await environment.store.get(Snapshot, id)
+    if found is None:
+        raise DataError(f"snapshot {id} is gone", object=f"snapshot {id}")
+    return found.record
+
+
+async def _go_back(environment: Environment, disk: SnapshotDisk) -> None:
+    """Gives a volume a new, empty layer over what the snapshot has of it."""
+    if disk.next == disk.layer:  # it is never written to
+        return
+    old = await get_layer(environment, disk.layer)
+    layer = new_layer(environment, old.spec.size, parent=old.meta.id)
+    async with environment.layers_lock:  # nobody must find it without use
+        await environment.store.transact(Transaction(puts=[Put(layer)]))
+        await make_layer(environment, layer.meta.id)
+        await update(
+            environment.store,
+            Volume,
+            disk.volume,
+            lambda volume: volume_status(volume, head=layer.meta.id),
+        )
+
+
+# -- forgetting -----------------------------------------------------------------------------
+
+
+async def remove(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
+    """Forgets a snapshot. Others that came from it, and the VM, stay as they are."""
+    environment = actor.environment
+    await run.commit()
+    id, name = str(run.arguments["snapshot"]), str(run.arguments["name"])
+    found = await environment.store.get(Snapshot, id)
+    if found is not None:  # else a daemon died after that
+        snapshot = found.record
+        parent = snapshot.status.parent
+        await write(environment, VM, vm.meta.id, lambda v: _from(v, id, parent))
+        children = [
+            item.record
+            for item in (await environment.store.list(Snapshot)).items
+            if item.record.status.parent == id
+        ]
+        await in_thread(lambda _: remove_tree(environment.snapshot_directory(snapshot)))
+        await environment.store.transact(
+            Transaction(
+                puts=[Put(_child_of(child, parent)) for child in children],
+                deletes=[Delete(Snapshot, id)],
+                releases=[Release(snapshot_scope(vm.meta.id), name, id)],
+            )
+        )
+    await collect_layers(environment)
+    return Outcome(
+        lambda record: record,
+        event="snapshot.removed",
+        message=f"snapshot {name} of {vm.label} was removed",
+    )
+
+
+def _from(vm: VM, old: str, new: str | None) -> VM:
+    return change_status(vm, snapshot=new) if vm.status.snapshot == old else vm
+
+
+def _child_of(snapshot: Snapshot, parent: str | None) -> Snapshot:
+    status = msgspec.structs.replace(snapshot.status, parent=parent)
+    return msgspec.structs.replace(snapshot, status=status)
+
+
+# -- files besides the disks ----------------------------------------------------------------
+
+
+def _memory_size(directory: Path) -> int:
+    try:
+        return (directory / "memory").stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _copy_state(environment: Environment, snapshot: Snapshot) -> None:
+    """Keeps firmware variables, the TPM's state, and the memory of a VM that is suspended."""
+    source = environment.vm_directory(snapshot.spec.vm)
+    target = environment.snapshot_directory(snapshot)
+    target.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _copy(source, target)
+    saved = environment.suspended_path(snapshot.spec.vm)
+    if saved.exists() and not (target / "memory").exists():
+        link_state(saved, target / "memory")
+    sync_directory(target)
+    sync_directory(target.parent)
+
+
+def _restore_state(environment: Environment, snapshot: Snapshot) -> None:
+    target = environment.vm_directory(snapshot.spec.vm)
+    source = environment.snapshot_directory(snapshot)
+    if not source.is_dir():
+        raise DataError(
+            f"what belongs to snapshot {snapshot.meta.name} besides its disks is gone",
+            object=snapshot.label,
+        )
+    for name in _BESIDES:
+        remove_tree(target / name)
+    _copy(source, target)
+    sync_directory(target)
+
+
+def _copy(source: Path, target: Path) -> None:
+    for name in _BESIDES:
+        path = source / name
+        remove_tree(target / name)
+        if path.is_dir():
+            shutil.copytree(path, target / name, symlinks=True)
+            status = path.stat()
+            for copied in (target / name, *(target / name).iterdir()):
+                os.chown(copied, status.st_uid, status.st_gid, follow_symlinks=False)
+        elif path.exists():
+            shutil.copy2(path, target / name)
