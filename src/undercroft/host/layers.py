@@ -100,7 +100,8 @@ async def plan_layers(environment: Environment, head: str, index: int) -> tuple[
     ]
     if layers[-1].spec.image is not None:
         path, format = await image_disk(environment, layers[-1].spec.image)
-        planned.append(DiskLayer(path=str(path), format=format))
+        node = node_name(layers[-1].spec.image, index)
+        planned.append(DiskLayer(path=str(path), format=format, node=node))
     return tuple(planned)
 
 
@@ -182,6 +183,17 @@ class Uses:
     def needed(self, id: str) -> bool:
         """Whether anybody needs the layer: to write to, to go back to, or to lie on."""
         return bool(self.children.get(id)) or id in self.heads or id in self.snapshots
+
+    def heads_above(self, id: str) -> set[str]:
+        """The layers that are written to and lie on this one, or are it."""
+        found: set[str] = set()
+        pending = [id]
+        while pending:
+            at = pending.pop()
+            if at in self.heads:
+                found.add(at)
+            pending += self.children.get(at, [])
+        return found
 
     def unneeded(self) -> list[Layer]:
         """The layers that nobody needs."""

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import shutil
 from collections.abc import AsyncIterator
 from functools import partial
-from pathlib import Path
 
 import msgspec
+import structlog
 
 from undercroft.host import power
 from undercroft.host.actor import Outcome, VMActor
@@ -31,8 +29,10 @@ from undercroft.host.layers import (
     new_layer,
     volume_status,
 )
+from undercroft.host.merging import merge_layers
 from undercroft.host.outcome import TaskRun, change_status, write
 from undercroft.host.planning import plan_disks
+from undercroft.host.snapshot_files import copy_state, memory_size, restore_state
 from undercroft.hypervisor.machine import QemuMachine, RunState
 from undercroft.hypervisor.suspend import discard_state, link_state
 from undercroft.model.base import Meta
@@ -56,11 +56,12 @@ from undercroft.model.vm import VM, Power, VMState
 from undercroft.model.volume import Volume
 from undercroft.operations.context import snapshot_scope
 from undercroft.operations.snapshots import already_taken
-from undercroft.storage.files import sync_directory
 from undercroft.storage.threads import in_thread
 from undercroft.store.interface import Claim, Delete, Put, Release, Transaction, update
 
-_BESIDES = ("nvram.fd", "tpm")  # what of a VM's directory belongs to its state
+log = structlog.get_logger(__name__)
+
+END_PATIENCE = 5.0  # seconds for a QEMU whose monitor is gone to end
 
 
 async def take(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
@@ -71,30 +72,26 @@ async def take(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
     snapshot = await _begin(actor, vm, run)
     machine = actor.machine
     going = machine is not None and snapshot.status.running
-    branched = False
     try:
         for disk in snapshot.status.disks:
             await make_layer(environment, disk.next)
         if machine is not None and snapshot.spec.memory and machine.run_state is RunState.RUNNING:
             await machine.pause()
-        await in_thread(lambda _: _copy_state(environment, snapshot))
+        await in_thread(lambda _: copy_state(environment, snapshot))
         async with _quiet(machine if snapshot.spec.quiesce else None):
             await _switch(environment, snapshot, forward=True)
             if machine is not None:
-                await _branch(environment, vm, machine)
-            branched = True
+                await _branch(actor, vm, snapshot, machine)
         if snapshot.spec.memory and snapshot.status.alive:
             await _save_memory(environment, run, snapshot, machine)
     except UndercroftError:
-        if not branched:
-            await _switch(environment, snapshot, forward=False)
         await _forget(environment, snapshot)
         raise
     finally:
         if going and machine is not None and machine.run_state is RunState.PAUSED:
             with contextlib.suppress(QmpError, TimeLimitError):
                 await machine.resume()
-    memory = await asyncio.to_thread(_memory_size, environment.snapshot_directory(snapshot))
+    memory = await asyncio.to_thread(memory_size, environment.snapshot_directory(snapshot))
     status = msgspec.structs.replace(
         snapshot.status,
         state=SnapshotState.READY,
@@ -212,13 +209,15 @@ async def _switch(environment: Environment, snapshot: Snapshot, *, forward: bool
         await update(environment.store, Volume, disk.volume, change)
 
 
-async def _branch(environment: Environment, vm: VM, machine: QemuMachine) -> None:
+async def _branch(actor: VMActor, vm: VM, snapshot: Snapshot, machine: QemuMachine) -> None:
     """Has QEMU write to the new layers. If it dies over that, the VM goes on with them at its next
     start.
 
     Raises:
-        UndercroftError: QEMU runs, and writes to the old ones.
+        UndercroftError: QEMU refuses, and all is as it was; or it runs and does not tell, then the
+            VM's next start is with the new ones, which is right in either case.
     """
+    environment = actor.environment
     disks = await plan_disks(environment, vm)
     try:
         await machine.branch(disks)
@@ -227,7 +226,10 @@ async def _branch(environment: Environment, vm: VM, machine: QemuMachine) -> Non
             if await machine.branched(disks):
                 return
         except (QmpError, TimeLimitError):
-            return  # it has ended, or is about to be: whatever it wrote is beneath
+            if await actor.exited(END_PATIENCE) is not None:
+                return
+            raise
+        await _switch(environment, snapshot, forward=False)
         if isinstance(error, OSError):
             raise DataError(f"{error.filename}: {error.strerror}", object=vm.label) from error
         raise
@@ -271,7 +273,7 @@ async def revert(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
     for disk in snapshot.status.disks:
         await _go_back(environment, disk)
     await collect_layers(environment)
-    await in_thread(lambda _: _restore_state(environment, snapshot))
+    await in_thread(lambda _: restore_state(environment, snapshot))
     memory = environment.snapshot_directory(snapshot) / "memory"
     if snapshot.status.memory:
         await in_thread(lambda _: link_state(memory, saved))
@@ -348,6 +350,10 @@ async def remove(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
             )
         )
     await collect_layers(environment)
+    try:
+        await merge_layers(actor, vm, run)
+    except (UndercroftError, OSError) as error:  # the snapshot is gone all the same
+        log.warning("layers were not merged", vm=vm.meta.name, error=str(error))
     return Outcome(
         lambda record: record,
         event="snapshot.removed",
@@ -362,53 +368,3 @@ def _from(vm: VM, old: str, new: str | None) -> VM:
 def _child_of(snapshot: Snapshot, parent: str | None) -> Snapshot:
     status = msgspec.structs.replace(snapshot.status, parent=parent)
     return msgspec.structs.replace(snapshot, status=status)
-
-
-# -- files besides the disks ----------------------------------------------------------------
-
-
-def _memory_size(directory: Path) -> int:
-    try:
-        return (directory / "memory").stat().st_size
-    except FileNotFoundError:
-        return 0
-
-
-def _copy_state(environment: Environment, snapshot: Snapshot) -> None:
-    """Keeps firmware variables, the TPM's state, and the memory of a VM that is suspended."""
-    source = environment.vm_directory(snapshot.spec.vm)
-    target = environment.snapshot_directory(snapshot)
-    target.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _copy(source, target)
-    saved = environment.suspended_path(snapshot.spec.vm)
-    if saved.exists() and not (target / "memory").exists():
-        link_state(saved, target / "memory")
-    sync_directory(target)
-    sync_directory(target.parent)
-
-
-def _restore_state(environment: Environment, snapshot: Snapshot) -> None:
-    target = environment.vm_directory(snapshot.spec.vm)
-    source = environment.snapshot_directory(snapshot)
-    if not source.is_dir():
-        raise DataError(
-            f"what belongs to snapshot {snapshot.meta.name} besides its disks is gone",
-            object=snapshot.label,
-        )
-    for name in _BESIDES:
-        remove_tree(target / name)
-    _copy(source, target)
-    sync_directory(target)
-
-
-def _copy(source: Path, target: Path) -> None:
-    for name in _BESIDES:
-        path = source / name
-        remove_tree(target / name)
-        if path.is_dir():
-            shutil.copytree(path, target / name, symlinks=True)
-            status = path.stat()
-            for copied in (target / name, *(target / name).iterdir()):
-                os.chown(copied, status.st_uid, status.st_gid, follow_symlinks=False)
-        elif path.exists():
-            shutil.copy2(path, target / name)

@@ -38,11 +38,11 @@ from undercroft.hypervisor.plan import MachinePlan
 from undercroft.model.errors import InvalidError
 from undercroft.model.vm import DiskBus, Display, Firmware, Machine
 
-__all__ = ["CommandLine", "command_line", "needs_tsc"]
+__all__ = ["SANDBOX", "CommandLine", "command_line", "needs_tsc"]
 
 _TOKEN = re.compile(r"@([a-z0-9.-]+)@")
 _SATA_UNITS = 6
-_SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def command_line(
     line.option("-name", "", guest=plan.name, process=f"croft-{plan.id[:8]}", debug_threads=True)
     line.add("-uuid", plan.uuid)
     line.add("-nodefaults", "-no-user-config")
-    line.add("-sandbox", _SANDBOX)
+    line.add("-sandbox", SANDBOX)
     line.add("-msg", "timestamp=on")
     # A guest that ends itself leaves QEMU paused, to be asked why before it is let go.
     line.add("-action", "shutdown=pause,panic=pause,reboot=reset")

@@ -10,7 +10,7 @@ import contextlib
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -32,8 +32,9 @@ from undercroft.hypervisor.launch import (
     write_plan,
 )
 from undercroft.hypervisor.measure import measure
+from undercroft.hypervisor.merge import absorb
 from undercroft.hypervisor.output import OutputLog
-from undercroft.hypervisor.plan import MachinePlan, PlanDisk
+from undercroft.hypervisor.plan import DiskLayer, MachinePlan, PlanDisk
 from undercroft.hypervisor.process import Process, boot_id
 from undercroft.hypervisor.screen import open_vnc, take_screenshot
 from undercroft.hypervisor.session import END_TIMEOUT, MachineSession
@@ -276,6 +277,20 @@ class QemuMachine(MachineSession):
         await branch(self._monitor, disks)
         self.plan = msgspec.structs.replace(self.plan, disks=disks)
         await asyncio.to_thread(write_plan, self.plan)
+
+    async def absorb(
+        self,
+        layers: Sequence[DiskLayer],
+        index: int,
+        progress: Callable[[float], None] | None = None,
+    ) -> None:
+        """Has layer ``index`` of a disk's chain take over the content of the one beneath it, while
+        the guest goes on; that one is closed then.
+
+        Raises:
+            QmpError, TimeLimitError, NoSpaceError, OSError: it did not work; all is as it was.
+        """
+        await absorb(self._monitor, layers, index, progress)
 
     async def branched(self, disks: tuple[PlanDisk, ...]) -> bool:
         """Whether the disks are written to these files.

@@ -12,7 +12,7 @@ import pytest
 
 from tests.system.daemon.installation import Installation, until, wait_gone
 from undercroft.model.errors import GuestAgentError, UndercroftError, WrongStateError
-from undercroft.model.requests import RevertRequest, SnapshotCreate, VMChange
+from undercroft.model.requests import RevertRequest, SnapshotCreate, StopRequest, VMChange
 from undercroft.model.task import Task, TaskState
 
 FORCE = RevertRequest(force=True)
@@ -96,6 +96,62 @@ def test_disks_and_memory_go_back_and_branch(installation: Installation) -> None
     installation.finish(client.vms.remove("web1", force=True))
     assert list((installation.data / "volumes").iterdir()) == []
     installation.assert_in_order()
+
+
+def layers(installation: Installation) -> int:
+    return len(list((installation.data / "volumes").iterdir()))
+
+
+@pytest.mark.parametrize("state", ["running", "restarted", "stopped"])
+def test_what_only_the_next_layer_needs_is_merged(installation: Installation, state: str) -> None:
+    client = installation.client
+    installation.run("web1", disk=1 << 30)
+    for number in range(1, 4):
+        place = f"dd of=/dev/vda bs=1M seek={number} conv=notrunc,fsync"
+        installation.shell("web1", f"printf %-8s 'is{number}' | {place}")
+        write(installation, "web1", f"at{number}")
+        take(installation, "web1", f"s{number}")
+    write(installation, "web1", "now")
+    if state != "running":
+        installation.finish(client.vms.stop("web1", StopRequest(force=True)))
+    if state == "restarted":  # now QEMU has all but the top for reading only
+        installation.finish(client.vms.start("web1"))
+        installation.wait_ready("web1")
+    assert layers(installation) == 4
+    for left, name in enumerate(("s2", "s1", "s3")):
+        installation.finish(client.snapshots.remove("web1", name))
+        assert layers(installation) == 3 - left
+    installation.assert_in_order()
+    if state == "stopped":
+        installation.finish(client.vms.start("web1"))
+        installation.wait_ready("web1")
+    for _ in range(2):
+        assert read(installation, "web1") == "now"
+        for number in range(1, 4):
+            text = f"dd if=/dev/vda bs=1M skip={number} count=1 2>/dev/null | head -c8"
+            assert installation.shell("web1", text) == f"is{number}"
+        take(installation, "web1", "again")  # the chain can go on
+        installation.finish(client.snapshots.revert("web1", "again", START))
+        installation.finish(client.snapshots.remove("web1", "again"))
+        installation.wait_ready("web1")
+
+
+@pytest.mark.parametrize("delay", [0.02, 0.06, 0.15])
+def test_killed_while_merging(installation: Installation, delay: float) -> None:
+    installation.run("web1", disk=1 << 30)
+    installation.shell("web1", "dd if=/dev/urandom of=/tmp/a bs=1M count=24 2>/dev/null")
+    installation.shell("web1", "dd if=/tmp/a of=/dev/vda conv=notrunc,fsync 2>/dev/null")
+    take(installation, "web1", "one")
+    task = installation.client.snapshots.remove("web1", "one")
+    time.sleep(delay)
+    installation.kill()
+    installation.start()
+    installation.finish(task)
+    assert layers(installation) == 1
+    installation.assert_in_order()
+    assert installation.shell("web1", "cmp -n 25165824 /tmp/a /dev/vda && echo same") == "same"
+    write(installation, "web1", "on")
+    assert read(installation, "web1") == "on"
 
 
 def test_a_suspended_vm_keeps_its_memory(installation: Installation) -> None:

@@ -1,0 +1,84 @@
+"""Keeping chains of layers short: those that only the next one needs are merged into it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+
+import msgspec
+
+from undercroft.host.actor import VMActor
+from undercroft.host.environment import Environment
+from undercroft.host.imaging import reported
+from undercroft.host.layers import Uses, chain, collect_layers, head_layer, plan_layers
+from undercroft.host.outcome import TaskRun
+from undercroft.hypervisor.merge import absorb, offline
+from undercroft.hypervisor.plan import DiskLayer
+from undercroft.hypervisor.qmp import Monitor
+from undercroft.model.layer import Layer
+from undercroft.model.vm import VM
+from undercroft.store.interface import update
+
+
+async def merge_layers(actor: VMActor, vm: VM, run: TaskRun) -> None:
+    """Merges what can be merged of the disks of a VM, running or not.
+
+    Raises:
+        UndercroftError, OSError: it did not work. All is as it was, and can be tried again.
+    """
+    environment = actor.environment
+    for index, disk in enumerate(vm.spec.disks):
+        while (found := await _mergeable(environment, disk.volume)) is not None:
+            layers, at = found
+            planned = await plan_layers(environment, layers[0].meta.id, index)
+            async with reported(run) as report:
+
+                def tell(fraction: float) -> None:
+                    report(fraction, "merging layers of the disk")
+
+                tell(0.0)
+                if actor.machine is not None:
+                    await actor.machine.absorb(planned, at, tell)
+                else:
+                    async with _opened(environment, vm, planned) as monitor:
+                        await absorb(monitor, planned, at, tell)
+            await _skip(environment, layers[at], layers[at + 1])
+            await collect_layers(environment)
+
+
+async def _mergeable(environment: Environment, volume: str) -> tuple[list[Layer], int] | None:
+    """A volume's chain, and the place in it of a layer that can take over the one beneath it."""
+    layers = await chain(environment, await head_layer(environment, volume))
+    uses = await Uses.read(environment)
+    own = {layer.meta.id for layer in layers}
+    for at in range(len(layers) - 1):
+        lower = layers[at + 1].meta.id
+        if lower in uses.heads or lower in uses.snapshots or len(uses.children[lower]) != 1:
+            continue
+        # A layer that another VM lies on must not be rewritten while that VM may be reading it.
+        if uses.heads_above(layers[at].meta.id) <= own:
+            return layers, at
+    return None
+
+
+@contextlib.asynccontextmanager
+async def _opened(
+    environment: Environment, vm: VM, layers: Sequence[DiskLayer]
+) -> AsyncIterator[Monitor]:
+    directory = environment.run_directory(vm.meta.id)
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    mark = environment.vm_directory(vm.meta.id)
+    emulator = await environment.emulator(vm.spec.arch)
+    async with offline(layers, emulator, directory, mark, vm.status.uid) as monitor:
+        yield monitor
+
+
+async def _skip(environment: Environment, upper: Layer, lower: Layer) -> None:
+    """Writes that a layer lies on what was two beneath it."""
+    spec = msgspec.structs.replace(upper.spec, parent=lower.spec.parent, image=lower.spec.image)
+    await update(
+        environment.store,
+        Layer,
+        upper.meta.id,
+        lambda layer: msgspec.structs.replace(layer, spec=spec),
+    )

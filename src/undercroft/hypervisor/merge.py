@@ -1,0 +1,203 @@
+"""Merging layers: one takes over what the one beneath it has, which then is not needed any more.
+
+The content of the disk, as seen from above, is the same at every moment (QEMU: ``block-stream``),
+so this may be cut off anywhere and begun again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from undercroft.hypervisor import sockets
+from undercroft.hypervisor.blockgraph import layer_nodes
+from undercroft.hypervisor.commandline import SANDBOX
+from undercroft.hypervisor.emulator import Emulator
+from undercroft.hypervisor.plan import DiskLayer
+from undercroft.hypervisor.process import Process, spawn
+from undercroft.hypervisor.qmp import Monitor
+from undercroft.model.errors import NoSpaceError, QmpError
+
+__all__ = ["absorb", "offline"]
+
+_JOB = "merge"
+_POLL = 0.1
+_SET = re.compile(r"/dev/fdset/(\d+)")
+_START_TIMEOUT = 20.0
+_END_TIMEOUT = 20.0
+
+
+async def absorb(
+    monitor: Monitor,
+    layers: Sequence[DiskLayer],
+    index: int,
+    progress: Callable[[float], None] | None = None,
+) -> None:
+    """Has layer ``index`` of a chain (0 is the top) take over the content of the one beneath it.
+
+    Raises:
+        QmpError, TimeLimitError, OSError: it did not work. NoSpaceError: the disk is full. The
+            chain is as it was.
+    """
+    upper, lower = layers[index], layers[index + 1]
+    base = layers[index + 2].node if index + 2 < len(layers) else None
+    if not await _job(monitor):
+        await _make_writable(monitor, upper, lower)
+        arguments: dict[str, Any] = {"job-id": _JOB, "device": upper.node, "auto-dismiss": False}
+        if base is not None:
+            arguments["base-node"] = base
+        await monitor.execute("block-stream", arguments)
+    try:
+        await _follow(monitor, progress)
+    except asyncio.CancelledError:
+        await asyncio.shield(_cancel(monitor))
+        raise
+    await _drop(monitor, lower.node)
+
+
+async def _job(monitor: Monitor) -> dict[str, Any] | None:
+    jobs: list[dict[str, Any]] = await monitor.execute("query-jobs")
+    return next((job for job in jobs if job["id"] == _JOB), None)
+
+
+async def _follow(monitor: Monitor, progress: Callable[[float], None] | None) -> None:
+    while (job := await _job(monitor)) is not None:
+        if job["status"] == "concluded":
+            await monitor.execute("job-dismiss", {"id": _JOB})
+            if (reason := job.get("error")) is not None:
+                kind = NoSpaceError if "No space left" in reason else QmpError
+                raise kind(f"layers of {monitor.name} cannot be merged: {reason}")
+            return
+        if progress is not None and job.get("total-progress"):
+            progress(job["current-progress"] / job["total-progress"])
+        await asyncio.sleep(_POLL)
+
+
+async def _cancel(monitor: Monitor) -> None:
+    with contextlib.suppress(QmpError):
+        await monitor.execute("job-cancel", {"id": _JOB})
+        await _follow(monitor, None)
+
+
+async def _make_writable(monitor: Monitor, layer: DiskLayer, below: DiskLayer) -> None:
+    """Has QEMU open a layer for writing that it has for reading only."""
+    nodes = await _nodes(monitor)
+    file = f"{layer.node}-file"
+    number = _set_of(nodes, layer.node)
+    if number is None:
+        raise QmpError(f"QEMU of {monitor.name} does not have {layer.node}")
+    if not nodes[file]["ro"]:
+        return
+    sets = await monitor.execute("query-fdsets")
+    before = [one["fd"] for known in sets if known["fdset-id"] == number for one in known["fds"]]
+    descriptor = os.open(layer.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        await monitor.add_to_set(descriptor, number)
+    finally:
+        os.close(descriptor)
+    options = layer_nodes(
+        layer.node, f"/dev/fdset/{number}", layer.format, write=True, backing=below.node
+    )
+    await monitor.execute("blockdev-reopen", {"options": list(options)})
+    # QEMU's locks stay on an open file for as long as the set holds it, and would be in our way.
+    for number_in_set in before:
+        await monitor.execute("remove-fd", {"fdset-id": number, "fd": number_in_set})
+
+
+async def _nodes(monitor: Monitor) -> dict[str, dict[str, Any]]:
+    """What QEMU says of its block nodes, by their names."""
+    answer = await monitor.execute("query-named-block-nodes", {"flat": True})
+    return {node["node-name"]: node for node in answer}
+
+
+def _set_of(nodes: Mapping[str, Mapping[str, Any]], node: str) -> int | None:
+    """The fdset that the file of a node is in; None if there is no such node."""
+    file = nodes.get(f"{node}-file")
+    match = _SET.fullmatch(str(file["file"])) if file is not None else None
+    return int(match[1]) if match is not None else None
+
+
+async def _drop(monitor: Monitor, node: str) -> None:
+    """Closes a layer that nothing lies on any more."""
+    number = _set_of(await _nodes(monitor), node)
+    if number is None:  # a daemon died after it was closed
+        return
+    for name in (node, f"{node}-file"):
+        await monitor.execute("blockdev-del", {"node-name": name})
+    with contextlib.suppress(QmpError):  # another disk of the VM may lie on the same file
+        await monitor.remove_set(number)
+
+
+@contextlib.asynccontextmanager
+async def offline(
+    layers: Sequence[DiskLayer], emulator: Emulator, directory: Path, mark: Path, uid: int | None
+) -> AsyncIterator[Monitor]:
+    """The chain of a disk that no guest uses, opened by a QEMU without a machine, which ends with
+    the block. (``qemu-storage-daemon`` takes no descriptors.)
+
+    ``directory``: where its socket goes; ``mark``: the directory of the VM that it counts as a
+    process of; ``uid``: whom it runs as.
+
+    Raises:
+        QmpError, TimeLimitError, OSError: it does not start, or cannot open them.
+    """
+    path = directory / "merge.sock"
+    listener = await asyncio.to_thread(sockets.listen, path)
+    process: Process | None = None
+    monitor = Monitor(f"the disk of {mark.name}", lambda event: None, lambda: None)
+    try:
+        process = await asyncio.to_thread(_spawn, emulator, listener.fileno(), mark, uid)
+        connection = await asyncio.to_thread(sockets.connect, path)
+        await monitor.connect(connection, timeout=_START_TIMEOUT)
+        below: str | None = None
+        for layer in reversed(layers):
+            descriptor = os.open(layer.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                number = await monitor.add_to_set(descriptor)
+            finally:
+                os.close(descriptor)
+            for node in layer_nodes(
+                layer.node, f"/dev/fdset/{number}", layer.format, write=False, backing=below
+            ):
+                await monitor.execute("blockdev-add", node)
+            below = layer.node
+        yield monitor
+    finally:
+        listener.close()
+        await monitor.close()
+        if process is not None:
+            await asyncio.shield(_end(process))
+        path.unlink(missing_ok=True)
+
+
+def _spawn(emulator: Emulator, listener: int, mark: Path, uid: int | None) -> Process:
+    argv = [emulator.path, "-machine", "none", "-nodefaults", "-no-user-config"]
+    argv += ["-display", "none", "-sandbox", SANDBOX]
+    argv += ["-chardev", f"socket,id=qmp,fd={listener},server=on,wait=off"]
+    argv += ["-mon", "chardev=qmp,mode=control"]
+    with open(os.devnull, "wb") as output:
+        return spawn(
+            argv,
+            pass_fds=(listener,),
+            output=output.fileno(),
+            directory=Path("/"),
+            mark=str(mark),
+            uid=uid,
+            gid=uid,
+        )
+
+
+async def _end(process: Process) -> None:
+    """Lets it close its files, which takes a moment; if it does not, ends it."""
+    process.signal(signal.SIGTERM)
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(process.wait(), _END_TIMEOUT)
+        return
+    process.signal(signal.SIGKILL)
+    await process.wait()
