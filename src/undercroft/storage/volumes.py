@@ -9,7 +9,7 @@ import secrets
 from pathlib import Path
 
 from undercroft.model.base import Model
-from undercroft.model.errors import DataCorruptError, NoSpaceError, ProgramError
+from undercroft.model.errors import DataCorruptError, DataError, NoSpaceError, ProgramError
 from undercroft.model.units import format_size
 from undercroft.storage.process import run, tool
 from undercroft.storage.threads import in_thread
@@ -39,12 +39,15 @@ async def create_volume(
 
     Raises:
         NoSpaceError: the host's disk is full.
+        DataError: there is no such base.
         ProgramError: qemu-img failed.
     """
     half = tmp / f"volume-{secrets.token_hex(8)}"
     command = [tool("qemu-img", package="qemu-utils"), "create", "-q", "-f", "qcow2"]
     command += ["-o", "lazy_refcounts=off,extended_l2=off"]
     if base is not None:
+        if not base[0].exists():
+            raise DataError(f"{base[0]} is gone, which a disk is to lie on", object=str(base[0]))
         # Unopened (-u): it may be in use, and its size is of no importance here.
         command += ["-u", "-b", str(base[0]), "-F", base[1]]
     try:
