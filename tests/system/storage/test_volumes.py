@@ -84,7 +84,7 @@ async def test_leaks_are_found_and_mended(tmp: Path):
 
 async def test_nothing_is_left_when_it_cannot_be_made(tmp: Path):
     path = tmp.parent / "volumes/vol-5.qcow2"
-    with pytest.raises(DataError, match="missing.qcow2 is gone"):
+    with pytest.raises(DataError, match=r"missing\.qcow2 is gone"):
         await create_volume(path, MiB, base=(tmp / "missing.qcow2", "qcow2"), tmp=tmp)
     with pytest.raises(ProgramError):
         await create_volume(path, 1 << 63, tmp=tmp)
