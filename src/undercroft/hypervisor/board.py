@@ -130,6 +130,9 @@ def _add_machine(line: Line, firmware: FirmwareFiles | None) -> None:
     elif plan.machine is Machine.MICROVM:
         head = "microvm"
         values |= {"x_option_roms": False, "acpi": True, "rtc": True}
+        # No old interrupt controller: ACPI tells of none, so newer kernels (Debian's 6.1.192) do
+        # not set it up, and its first timer interrupt would come as vector 0, a divide error.
+        values["pic"] = False
     else:
         head = f"virt-{version}"
         if plan.arch == "aarch64" and plan.accelerator == "tcg":
