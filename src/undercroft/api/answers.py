@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Generic, TypeVar, cast
 
 import msgspec
@@ -16,6 +17,7 @@ from litestar.typing import FieldDefinition
 from undercroft.api.query import DEFAULT_LIMIT, MAX_LIMIT, Query, run_query
 from undercroft.model.base import Record
 from undercroft.model.errors import InvalidError, Problem
+from undercroft.model.requests import TaskList
 from undercroft.model.task import Task
 from undercroft.operations.access import Caller
 from undercroft.operations.core import Operations
@@ -154,6 +156,13 @@ def answer_task(task: Task) -> Response[Task]:
         status_code=202,
         media_type="application/json",
         headers={"location": f"/v1/tasks/{task.meta.id}"},
+    )
+
+
+def answer_tasks(tasks: Sequence[Task]) -> Response[TaskList]:
+    """Tasks that have been accepted: 202."""
+    return Response(
+        content=TaskList(tasks=tuple(tasks)), status_code=202, media_type="application/json"
     )
 
 

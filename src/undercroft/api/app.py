@@ -23,6 +23,7 @@ from undercroft.api.snapshots import SnapshotController
 from undercroft.api.statistics import Statistics
 from undercroft.api.system import health, metrics, version
 from undercroft.api.tasks import TaskController
+from undercroft.api.templates import TemplateController
 from undercroft.api.vms import VMController
 from undercroft.api.volumes import VolumeController
 from undercroft.model.errors import InvalidError
@@ -46,6 +47,7 @@ ROUTES: list[ControllerRouterHandler] = [
     metrics,
     VMController,
     SnapshotController,
+    TemplateController,
     GuestController,
     console,
     console_page,

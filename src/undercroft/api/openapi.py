@@ -38,6 +38,7 @@ TAGS = {
     "snapshots": "VMs as they were.",
     "guests": "Into a running VM.",
     "consoles": "Serial and VNC consoles, as WebSockets.",
+    "templates": "Frozen VMs to make others from.",
     "images": "What VMs are made from.",
     "volumes": "The disks of VMs.",
     "tasks": "Operations under way.",

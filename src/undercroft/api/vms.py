@@ -16,13 +16,14 @@ from undercroft.api.answers import (
     answer_listing,
     answer_record,
     answer_task,
+    answer_tasks,
     caller,
     errors,
     operations,
     parse_if_match,
 )
 from undercroft.api.query import Query
-from undercroft.model.requests import StopRequest, VMChange, VMCreate
+from undercroft.model.requests import CloneRequest, StopRequest, TaskList, VMChange, VMCreate
 from undercroft.model.task import Task
 from undercroft.model.vm import VM
 from undercroft.store.interface import Versioned
@@ -52,6 +53,20 @@ class VMController(Controller):
         """Makes a VM from an image, or with an empty disk; starts it if asked to. The task's
         `spec.object` names it."""
         return answer_task(await operations(request).vms.create(caller(request), data))
+
+    @post(
+        "/{ref:str}/clone",
+        operation_id="cloneVM",
+        summary="Clone a VM",
+        status_code=202,
+        responses=errors(404, 409, 501, 502, 507),
+    )
+    async def clone_vm(
+        self, request: AnyRequest, ref: FromPath[str], data: JSONBody[CloneRequest]
+    ) -> Response[TaskList]:
+        """Makes VMs that begin as what this one is at one moment; it goes on unharmed. A task for
+        each, whose `spec.object` names it."""
+        return answer_tasks(await operations(request).vms.clone(caller(request), ref, data))
 
     @get("/{ref:str}", operation_id="getVM", summary="Show a VM", responses=errors(304, 404))
     async def get_vm(self, request: AnyRequest, ref: FromPath[str]) -> Response[VM]:

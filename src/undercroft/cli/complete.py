@@ -163,6 +163,11 @@ def _values(croft: Croft, name: str, action: argparse.Action, given: list[str]) 
             about = f"{dig(task, 'spec.verb')} {dig(task, 'spec.object.name')}"
             if name == "task show" or dig(task, "status.state") in ("pending", "running"):
                 yield str(dig(task, "meta.id")), about
+    elif metavar == "TEMPLATE":
+        yield from _names(croft, "/v1/templates", given)
+    elif name == "clone":
+        yield from _vms(croft, name, given)
+        yield from _names(croft, "/v1/templates", given)
     elif metavar == "VOLUME":
         yield from _names(croft, "/v1/volumes", given)
     elif metavar == "WHAT":

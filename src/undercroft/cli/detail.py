@@ -228,6 +228,29 @@ def snapshot_detail(croft: Croft, snapshot: Any) -> str:
     return f"{style.paint(dig(snapshot, 'meta.name', ''), 'bold')}  {line}\n" + _indent(body)
 
 
+def template_detail(croft: Croft, template: Any) -> str:
+    """A template."""
+    style = croft.out
+    status = dig(template, "status", {})
+    shape = status.get("shape") or {}
+    memory = status.get("memory")
+    disks = ", ".join(size(disk.get("size")) for disk in status.get("disks", ()))
+    pairs: Pairs = [
+        ("what for", style.clean(dig(template, "spec.description", ""))),
+        ("from", _name(croft, "vms", dig(template, "spec.source"))),
+        ("keeps", "disks and memory: clones go on from there" if memory else "disks"),
+        ("memory", f"takes {size(memory)}, once for all clones" if memory else ""),
+        ("disks", disks),
+        ("image", _name(croft, "images", shape.get("image"))),
+        ("shape", f"{cpus(shape.get('cpus'))}, {size(shape.get('memory'))}" if shape else ""),
+        ("created", local_time(dig(template, "meta.created", 0))),
+        ("id", dig(template, "meta.id", "")),
+    ]
+    body = fields(style, [(a, b) for a, b in pairs if b])
+    line = style.state(status.get("state", ""))
+    return f"{style.paint(dig(template, 'meta.name', ''), 'bold')}  {line}\n" + _indent(body)
+
+
 def volume_detail(croft: Croft, volume: Any) -> str:
     """A volume."""
     style = croft.out

@@ -17,6 +17,7 @@ from undercroft.client.noun import Noun, Versioned
 from undercroft.client.raw import Raw
 from undercroft.client.snapshots import SnapshotsClient
 from undercroft.client.streams import follow
+from undercroft.client.templates import TemplatesClient
 from undercroft.client.transport import TIMEOUT
 from undercroft.client.vms import VMsClient
 from undercroft.model.base import Record
@@ -27,13 +28,14 @@ from undercroft.model.image import Image
 from undercroft.model.requests import CheckReport, VersionInfo
 from undercroft.model.snapshot import Snapshot
 from undercroft.model.task import Task
+from undercroft.model.template import Template
 from undercroft.model.vm import VM
 from undercroft.model.volume import Volume
 
 __all__ = ["Change", "Client", "Versioned"]
 
 R = TypeVar("R", bound=Record)
-_KINDS: tuple[type[Record], ...] = (VM, Volume, Snapshot, Image, Task, Event, Host)
+_KINDS: tuple[type[Record], ...] = (VM, Volume, Snapshot, Template, Image, Task, Event, Host)
 _RECORDS = {cls.kind: cls for cls in _KINDS}
 _LONG_POLL = 20.0  # seconds
 
@@ -58,6 +60,7 @@ class Client:
         self.vms = VMsClient(self.raw)
         self.images = ImagesClient(self.raw)
         self.snapshots = SnapshotsClient(self.raw)
+        self.templates = TemplatesClient(self.raw)
         self.volumes = Noun(self.raw, "/v1/volumes", Volume)
         self.tasks = TasksClient(self.raw)
         self.events = EventsClient(self.raw)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO
 
 import msgspec
@@ -12,7 +12,15 @@ from undercroft.client.decode import decode
 from undercroft.client.noun import Noun
 from undercroft.client.raw import Raw
 from undercroft.client.websocket import WebSocket, open_websocket
-from undercroft.model.requests import ExecRequest, ExecResult, StopRequest, VMChange, VMCreate
+from undercroft.model.requests import (
+    CloneRequest,
+    ExecRequest,
+    ExecResult,
+    StopRequest,
+    TaskList,
+    VMChange,
+    VMCreate,
+)
 from undercroft.model.task import Task
 from undercroft.model.vm import VM
 
@@ -34,6 +42,10 @@ class VMsClient(Noun[VM]):
             body=msgspec.json.encode(request),
         )
         return decode(response.read(), Task)
+
+    def clone(self, ref: str, request: CloneRequest) -> Sequence[Task]:
+        """Makes VMs that begin as what this one is; a task for each."""
+        return decode(self._request("POST", ref, "/clone", json=request), TaskList).tasks
 
     def start(self, ref: str) -> Task:
         """Switches on."""

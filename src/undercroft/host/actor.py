@@ -45,7 +45,8 @@ Extra = Callable[[VM], tuple[list[Put], list[Delete], list[Release]]]
 
 @dataclass
 class Outcome:
-    """What a verb leaves behind: a change of the record (to None: it is gone), and an event."""
+    """What a verb leaves behind: a change of the record (to None: it is gone), and an event;
+    ``after``: what is done once that is written."""
 
     change: Callable[[VM], VM | None]
     event: str | None = None
@@ -53,6 +54,7 @@ class Outcome:
     level: EventLevel = EventLevel.INFO
     result: dict[str, Any] = field(default_factory=dict)
     extra: Extra | None = None
+    after: Callable[[], Awaitable[None]] | None = None
 
 
 Verb = Callable[["VMActor", VM, TaskRun], Awaitable[Outcome]]
@@ -259,6 +261,8 @@ class VMActor:
                 extra=outcome.extra,
                 event=(outcome.event, outcome.message, outcome.level) if outcome.event else None,
             )
+            if outcome.after is not None:
+                await outcome.after()
 
     async def _carried_out(self, verb: Verb, vm: VM, run: TaskRun) -> Outcome:
         """Runs a verb in an asyncio task of its own, which `cancel_task` can cancel alone.

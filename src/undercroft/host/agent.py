@@ -21,6 +21,7 @@ from undercroft.host.images import ImageWorker
 from undercroft.host.layers import collect_layers, rename_volumes
 from undercroft.host.outcome import final_status
 from undercroft.host.services import LocalHost
+from undercroft.host.templates import remove_files, sweep_templates
 from undercroft.host.verbs import VM_VERBS
 from undercroft.hypervisor.machine import QemuMachine
 from undercroft.model.base import Record
@@ -28,13 +29,14 @@ from undercroft.model.errors import CompactedError, UnavailableError, Undercroft
 from undercroft.model.image import Image
 from undercroft.model.requests import CheckReport
 from undercroft.model.task import Task
+from undercroft.model.template import Template
 from undercroft.model.vm import VM
 from undercroft.store.interface import Change, Put, Transaction
 
 log = structlog.get_logger(__name__)
 
 RETRY_INTERVAL = 1.0  # seconds before the store is followed again after a fault
-WATCHED: tuple[type[Record], ...] = (VM, Image, Task)
+WATCHED: tuple[type[Record], ...] = (VM, Image, Task, Template)
 
 
 class HostAgent:
@@ -46,6 +48,7 @@ class HostAgent:
         self._actors: dict[str, VMActor] = {}
         self._images: dict[str, ImageWorker] = {}
         self._background: list[asyncio.Task[None]] = []
+        self._removals: set[asyncio.Task[None]] = set()
 
     def machine(self, vm: str) -> QemuMachine | None:
         """The running machine of a VM."""
@@ -68,6 +71,7 @@ class HostAgent:
         for image in images.items:
             self._image_worker(image.record)
         await self._end_ownerless_tasks(known, {i.record.meta.id for i in images.items})
+        await sweep_templates(self.environment)
         await collect_layers(self.environment)
         for actor in self._actors.values():
             actor.launch()
@@ -85,6 +89,7 @@ class HostAgent:
         for task in self._background:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+        await asyncio.gather(*self._removals, return_exceptions=True)
         await asyncio.gather(
             *(actor.close() for actor in self._actors.values()),
             *(worker.close() for worker in self._images.values()),
@@ -164,6 +169,10 @@ class HostAgent:
             self._image_worker(record)
         elif change.kind is Image:
             self._images.pop(change.id, None)
+        elif change.kind is Template and record is None:
+            removal = asyncio.create_task(remove_files(self.environment, change.id))
+            self._removals.add(removal)
+            removal.add_done_callback(self._removals.discard)
         elif isinstance(record, Task) and record.spec.cancel and not record.status.state.final:
             self._cancel(record)
 

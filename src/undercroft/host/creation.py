@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from functools import partial
 
 from undercroft.host import power
 from undercroft.host.actor import Outcome, VMActor
+from undercroft.host.cloning import fork, make_clone
 from undercroft.host.environment import UID_BASE, Environment
 from undercroft.host.files import remove_tree
+from undercroft.host.individuality import individual, make_individual
 from undercroft.host.layers import collect_layers, head_layer, make_layer, volume_status
 from undercroft.host.outcome import TaskRun, change_status, write
+from undercroft.host.templates import collect_templates
+from undercroft.model.errors import QmpError, TimeLimitError
+from undercroft.model.requests import CloneMode
 from undercroft.model.snapshot import Snapshot
-from undercroft.model.vm import VM, Power, VMState
+from undercroft.model.vm import VM, Identity, Power, VMState
 from undercroft.model.volume import Volume, VolumeState
 from undercroft.operations.context import snapshot_scope
 from undercroft.operations.vm_change import removal_releases
@@ -25,7 +32,11 @@ async def create(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
     environment = actor.environment
     if vm.status.state is VMState.CREATING:
         uid = await _choose_uid(environment, vm)
+        vm = change_status(vm, uid=uid)
         await in_thread(lambda _: _make_directories(environment, vm.meta.id))
+    if "template" in run.arguments:
+        return await _clone(actor, vm, run)
+    if vm.status.state is VMState.CREATING:
         for disk in vm.spec.disks:
             await run.progress(None, "making the disk")
             await _make_volume(environment, disk.volume)
@@ -33,7 +44,7 @@ async def create(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
             environment,
             VM,
             vm.meta.id,
-            lambda record: change_status(record, state=VMState.STOPPED, uid=uid),
+            lambda record: change_status(record, state=VMState.STOPPED),
         )
         vm = made or vm
     # Whoever switches it off meanwhile does not want it started.
@@ -41,6 +52,53 @@ async def create(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
         return Outcome(lambda record: record, result={"vm": vm.meta.id})
     outcome = await power.start(actor, vm, run)
     outcome.result["vm"] = vm.meta.id
+    return outcome
+
+
+async def _clone(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
+    """Makes a VM that is a clone, and lets it go on or starts it if asked to."""
+    environment = actor.environment
+    source = str(run.arguments.get("source", ""))
+    instant = run.arguments.get("mode") == CloneMode.INSTANT
+    outcome = Outcome(
+        lambda record: record, event="vm.cloned", message=f"{vm.label} was cloned from {source}"
+    )
+    if vm.status.state is VMState.CREATING:
+        if actor.machine is None:
+            await run.progress(None, "making the disks")
+            template = await make_clone(actor, vm, run)
+            if instant:
+                actor.take(await fork(actor, vm, template))
+        machine = actor.machine
+        values = (
+            {"state": VMState.STOPPED}
+            if machine is None
+            else {
+                "state": VMState.RUNNING,
+                "instance": machine.instance,
+            }
+        )
+        made = await write(
+            environment,
+            VM,
+            vm.meta.id,
+            lambda record: change_status(record, identity=Identity.PENDING, **values),
+        )
+        vm = made or vm
+    if instant and actor.machine is not None:
+        run.committed = True
+        shares = await make_individual(
+            actor.machine, vm, forked=True, old_macs=run.arguments.get("macs")
+        )
+        with contextlib.suppress(QmpError, TimeLimitError):  # it may just have ended
+            await actor.machine.plug(True)
+        outcome.change = lambda record: individual(record, shares)
+        outcome.result["pid"] = actor.machine.instance.pid
+    elif not instant and run.arguments.get("start") and vm.spec.power is Power.RUNNING:
+        started = await power.start(actor, vm, run)
+        outcome.change, outcome.result = started.change, started.result
+    outcome.result["vm"] = vm.meta.id
+    outcome.after = partial(collect_templates, environment)
     return outcome
 
 
@@ -100,6 +158,7 @@ async def remove(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
         event="vm.removed",
         message=f"{vm.label} was removed",
         extra=extra,
+        after=partial(collect_templates, environment),
     )
 
 
@@ -119,12 +178,11 @@ async def _give_up_layers(environment: Environment, vm: VM, volumes: list[Volume
     for item in (await environment.store.list(Snapshot)).items:
         snapshot = item.record
         if snapshot.spec.vm == vm.meta.id:
+            name = Release(snapshot_scope(vm.meta.id), snapshot.meta.name, snapshot.meta.id)
             await environment.store.transact(
                 Transaction(
                     deletes=[Delete(Snapshot, snapshot.meta.id)],
-                    releases=[
-                        Release(snapshot_scope(vm.meta.id), snapshot.meta.name, snapshot.meta.id)
-                    ],
+                    releases=[] if snapshot.spec.passing else [name],
                 )
             )
 

@@ -39,6 +39,8 @@ class Environment:
     layers_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while layers are found to be needed by nobody and removed, and while one is taken into
     use that was there before."""
+    templates: asyncio.Condition = field(default_factory=asyncio.Condition)
+    """Notified when a template is finished or given up."""
     closing: bool = False
     _emulators: dict[str, Emulator] = field(default_factory=dict)
 
@@ -62,6 +64,10 @@ class Environment:
     def snapshot_directory(self, snapshot: Snapshot) -> Path:
         """What belongs to a snapshot besides the layers of its disks."""
         return self.vm_directory(snapshot.spec.vm) / "snapshots" / snapshot.meta.id
+
+    def template_directory(self, id: str) -> Path:
+        """What belongs to a template besides the layers of its disks."""
+        return self.directory.template(id)
 
     def suspended_path(self, id: str) -> Path:
         """The saved state of a suspended VM."""

@@ -16,6 +16,8 @@ from undercroft.model.vm import VM, Power, VMState
 if TYPE_CHECKING:
     from undercroft.host.actor import VMActor
 
+_BESIDE_POWER = ("snapshot.create", "snapshot.remove", "template.create")
+
 log = structlog.get_logger(__name__)
 
 
@@ -78,6 +80,8 @@ async def _undo_creation(actor: VMActor, run: TaskRun, error: UndercroftError | 
         extra=removal.extra,
         event=("vm.create.failed", f"{vm.label} was not created: {why}", level),
     )
+    if removal.after is not None:
+        await removal.after()
 
 
 def _given_up(vm: VM) -> VM:
@@ -90,7 +94,7 @@ def _settled(actor: VMActor, vm: VM, error: UndercroftError | None, verb: str = 
     """The record after something did not come about: it says what is, and if nothing else is
     waiting also wants what is."""
     state = actor.present_state(vm)
-    if verb in ("snapshot.create", "snapshot.remove"):  # whether it runs was not the question
+    if verb in _BESIDE_POWER:  # whether it runs was not the question
         message = error.message if error else None
         if actor.machine is None:
             return change_status(vm, message=message)

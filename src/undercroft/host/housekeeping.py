@@ -8,6 +8,7 @@ import structlog
 
 from undercroft.host.environment import Environment
 from undercroft.host.fetching import downloads
+from undercroft.host.templates import collect_templates
 from undercroft.model.errors import UndercroftError
 from undercroft.model.event import Event
 from undercroft.model.task import Task
@@ -45,5 +46,6 @@ async def tidy(environment: Environment) -> None:
     for start in range(0, len(old), BATCH):
         await store.transact(Transaction(deletes=old[start : start + BATCH]))
     await store.compact(KEEP_REVISIONS)
+    await collect_templates(environment)
     since = environment.clock() - KEEP_DOWNLOADS
     await asyncio.to_thread(sweep_downloads, downloads(environment), since)

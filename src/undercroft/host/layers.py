@@ -18,6 +18,7 @@ from undercroft.model.image import Image
 from undercroft.model.layer import Layer, LayerSpec, LayerState
 from undercroft.model.names import new_id
 from undercroft.model.snapshot import Snapshot, SnapshotState
+from undercroft.model.template import Template
 from undercroft.model.volume import Volume
 from undercroft.storage.files import sync_directory
 from undercroft.storage.volumes import create_volume
@@ -156,7 +157,11 @@ class Uses:
     """Who needs which layer, as the store had it at one moment."""
 
     def __init__(
-        self, layers: Iterable[Layer], volumes: Iterable[Volume], snapshots: Iterable[Snapshot]
+        self,
+        layers: Iterable[Layer],
+        volumes: Iterable[Volume],
+        snapshots: Iterable[Snapshot],
+        templates: Iterable[Template] = (),
     ) -> None:
         self.layers = {layer.meta.id: layer for layer in layers}
         self.children: dict[str, list[str]] = {}
@@ -164,25 +169,31 @@ class Uses:
             if layer.spec.parent is not None:
                 self.children.setdefault(layer.spec.parent, []).append(layer.meta.id)
         self.heads = {volume.status.head: volume.meta.id for volume in volumes}
-        self.snapshots: dict[str, list[str]] = {}
+        self.frozen = {disk.layer for item in templates for disk in item.status.disks}
         for snapshot in snapshots:
             taking = snapshot.status.state is SnapshotState.PENDING
             for disk in snapshot.status.disks:
                 for id in {disk.layer, disk.next} if taking else {disk.layer}:
-                    self.snapshots.setdefault(id, []).append(snapshot.meta.id)
+                    self.frozen.add(id)
 
     @classmethod
     async def read(cls, environment: Environment) -> Uses:
         """Who needs which layer now."""
         store = environment.store
-        layers = [item.record for item in (await store.list(Layer)).items]
-        volumes = [item.record for item in (await store.list(Volume)).items]
+        known = {item.record.meta.id for item in (await store.list(Layer)).items}
+        # A layer is handed on in this order, and comes to be together with something that needs
+        # it. Those that came since are left alone, and what they lie on with them.
         snapshots = [item.record for item in (await store.list(Snapshot)).items]
-        return cls(layers, volumes, snapshots)
+        templates = [item.record for item in (await store.list(Template)).items]
+        volumes = [item.record for item in (await store.list(Volume)).items]
+        layers = [item.record for item in (await store.list(Layer)).items]
+        uses = cls(layers, volumes, snapshots, templates)
+        uses.frozen |= {layer.meta.id for layer in layers} - known
+        return uses
 
     def needed(self, id: str) -> bool:
         """Whether anybody needs the layer: to write to, to go back to, or to lie on."""
-        return bool(self.children.get(id)) or id in self.heads or id in self.snapshots
+        return bool(self.children.get(id)) or id in self.heads or id in self.frozen
 
     def heads_above(self, id: str) -> set[str]:
         """The layers that are written to and lie on this one, or are it."""

@@ -30,20 +30,44 @@ async def merge_layers(actor: VMActor, vm: VM, run: TaskRun) -> None:
     for index, disk in enumerate(vm.spec.disks):
         while (found := await _mergeable(environment, disk.volume)) is not None:
             layers, at = found
-            planned = await plan_layers(environment, layers[0].meta.id, index)
-            async with reported(run) as report:
+            await _absorb(actor, vm, run, index, layers, at)
 
-                def tell(fraction: float) -> None:
-                    report(fraction, "merging layers of the disk")
 
-                tell(0.0)
-                if actor.machine is not None:
-                    await actor.machine.absorb(planned, at, tell)
-                else:
-                    async with _opened(environment, vm, planned) as monitor:
-                        await absorb(monitor, planned, at, tell)
-            await _skip(environment, layers[at], layers[at + 1])
-            await collect_layers(environment)
+async def flatten(actor: VMActor, vm: VM, run: TaskRun) -> None:
+    """Has each disk of a VM take over all that it lies on but for its image, so that it needs no
+    other's layers.
+
+    Raises:
+        UndercroftError, OSError: it did not work. All is as it was, and can be tried again.
+    """
+    environment = actor.environment
+    for index, disk in enumerate(vm.spec.disks):
+        while True:
+            layers = await chain(environment, await head_layer(environment, disk.volume))
+            if len(layers) < 2:
+                break
+            await _absorb(actor, vm, run, index, layers, 0)
+
+
+async def _absorb(
+    actor: VMActor, vm: VM, run: TaskRun, index: int, layers: list[Layer], at: int
+) -> None:
+    """Has a layer of disk ``index`` take over the one beneath it, and writes that down."""
+    environment = actor.environment
+    planned = await plan_layers(environment, layers[0].meta.id, index)
+    async with reported(run) as report:
+
+        def tell(fraction: float) -> None:
+            report(fraction, "merging layers of the disk")
+
+        tell(0.0)
+        if actor.machine is not None:
+            await actor.machine.absorb(planned, at, tell)
+        else:
+            async with _opened(environment, vm, planned) as monitor:
+                await absorb(monitor, planned, at, tell)
+    await _skip(environment, layers[at], layers[at + 1])
+    await collect_layers(environment)
 
 
 async def _mergeable(environment: Environment, volume: str) -> tuple[list[Layer], int] | None:
@@ -53,7 +77,7 @@ async def _mergeable(environment: Environment, volume: str) -> tuple[list[Layer]
     own = {layer.meta.id for layer in layers}
     for at in range(len(layers) - 1):
         lower = layers[at + 1].meta.id
-        if lower in uses.heads or lower in uses.snapshots or len(uses.children[lower]) != 1:
+        if lower in uses.heads or lower in uses.frozen or len(uses.children[lower]) != 1:
             continue
         # A layer that another VM lies on must not be rewritten while that VM may be reading it.
         if uses.heads_above(layers[at].meta.id) <= own:

@@ -11,11 +11,12 @@ from typing import Any
 import structlog
 
 from undercroft.host.environment import Environment
+from undercroft.host.individuality import individual, make_individual
 from undercroft.host.outcome import change_status, write
 from undercroft.hypervisor.machine import MachineEvent, QemuMachine, RunState
 from undercroft.model.errors import UndercroftError
 from undercroft.model.event import EventLevel
-from undercroft.model.vm import VM, Power, VMState
+from undercroft.model.vm import VM, Identity, Power, VMState
 from undercroft.operations.context import new_event
 
 log = structlog.get_logger(__name__)
@@ -35,6 +36,7 @@ class Observer:
         self._machine: QemuMachine | None = None
         self._agent_task: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._identified = False
 
     def watch(self, machine: QemuMachine) -> None:
         """Begins to watch."""
@@ -92,6 +94,7 @@ class Observer:
             addresses: tuple[str, ...] = ()
             answers = await machine.agent.ping(timeout=5.0)
             if answers:
+                await self._see_to_identity(machine)
                 with contextlib.suppress(UndercroftError):
                     addresses = await machine.agent.addresses()
             elif looks == 0:
@@ -101,6 +104,20 @@ class Observer:
             steady = bool(addresses) or looks >= len(FIRST_LOOKS)
             await asyncio.sleep(STEADY_LOOK if steady else FIRST_LOOKS[looks])
             looks += 1
+
+    async def _see_to_identity(self, machine: QemuMachine) -> None:
+        """A clone that has booted for the first time becomes somebody. (One that was forked is seen
+        to by who forked it.)"""
+        if self._identified or machine.forked:
+            return
+        found = await self._environment.store.get(VM, self._id)
+        if found is None or not found.record.status.state.alive:
+            return
+        vm = found.record
+        if vm.status.identity is Identity.PENDING:
+            shares = await make_individual(machine, vm, forked=False)
+            await write(self._environment, VM, self._id, lambda v: individual(v, shares))
+        self._identified = True
 
     async def _write(self, **values: object) -> None:
         def change(vm: VM) -> VM:

@@ -77,7 +77,7 @@ async def make_plan(environment: Environment, vm: VM, seed: Path | None) -> Mach
         kernel_arguments=arguments,
         disks=await plan_disks(environment, vm),
         seed=str(seed) if seed is not None else None,
-        ports=_ports(vm),
+        ports=plan_ports(vm),
         display=spec.display,
         agent=True,
         vmgenid=generation_id(vm.meta.id),
@@ -168,7 +168,8 @@ async def plan_disks(environment: Environment, vm: VM) -> tuple[PlanDisk, ...]:
     return tuple(disks)
 
 
-def _ports(vm: VM) -> tuple[PlanPort, ...]:
+def plan_ports(vm: VM) -> tuple[PlanPort, ...]:
+    """The network adapters of a VM."""
     return tuple(
         PlanPort(
             mac=port.mac,

@@ -37,6 +37,13 @@ def copy_state(environment: Environment, snapshot: Snapshot) -> None:
     sync_directory(target.parent)
 
 
+def copy_besides(source: Path, target: Path) -> None:
+    """Copies firmware variables and the TPM's state."""
+    target.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _copy(source, target)
+    sync_directory(target)
+
+
 def restore_state(environment: Environment, snapshot: Snapshot) -> None:
     """Puts firmware variables and the TPM's state back.
 

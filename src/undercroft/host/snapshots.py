@@ -67,8 +67,31 @@ END_PATIENCE = 5.0  # seconds for a QEMU whose monitor is gone to end
 async def take(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
     """Takes a snapshot. The guest goes on meanwhile, unless its memory belongs to it: then it
     stands still until that is saved."""
-    environment = actor.environment
     await run.commit()
+    done = await taken(actor, vm, run)
+
+    def change(record: VM) -> VM:
+        record = change_status(record, snapshot=done.meta.id)
+        if actor.machine is None:  # it is off, or its end is still to be seen to
+            return record
+        return change_status(record, state=actor.present_state(record))
+
+    return Outcome(
+        change,
+        event="snapshot.created",
+        message=f"snapshot {done.meta.name} of {vm.label} was taken",
+        result={"snapshot": done.meta.id},
+        extra=lambda record: ([Put(done)], [], []),
+    )
+
+
+async def taken(actor: VMActor, vm: VM, run: TaskRun) -> Snapshot:
+    """Takes the snapshot that a task's arguments describe; how it is to be written down.
+
+    Raises:
+        UndercroftError: it did not work. Nothing of it is left.
+    """
+    environment = actor.environment
     snapshot = await _begin(actor, vm, run)
     machine = actor.machine
     going = machine is not None and snapshot.status.running
@@ -85,7 +108,7 @@ async def take(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
         if snapshot.spec.memory and snapshot.status.alive:
             await _save_memory(environment, run, snapshot, machine)
     except UndercroftError:
-        await _forget(environment, snapshot)
+        await forget(environment, snapshot)
         raise
     finally:
         if going and machine is not None and machine.run_state is RunState.PAUSED:
@@ -98,21 +121,7 @@ async def take(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
         memory=memory,
         quiesced=snapshot.spec.quiesce and machine is not None,
     )
-    done = msgspec.structs.replace(snapshot, status=status)
-
-    def change(record: VM) -> VM:
-        record = change_status(record, snapshot=done.meta.id)
-        if actor.machine is None:  # it is off, or its end is still to be seen to
-            return record
-        return change_status(record, state=actor.present_state(record))
-
-    return Outcome(
-        change,
-        event="snapshot.created",
-        message=f"snapshot {done.meta.name} of {vm.label} was taken",
-        result={"snapshot": done.meta.id},
-        extra=lambda record: ([Put(done)], [], []),
-    )
+    return msgspec.structs.replace(snapshot, status=status)
 
 
 async def _begin(actor: VMActor, vm: VM, run: TaskRun) -> Snapshot:
@@ -148,10 +157,11 @@ async def _begin(actor: VMActor, vm: VM, run: TaskRun) -> Snapshot:
             running=machine is not None and machine.run_state is RunState.RUNNING,
         ),
     )
+    name = Claim(snapshot_scope(vm.meta.id), snapshot.meta.name, id)
     try:
         await environment.store.transact(
             Transaction(
-                claims=[Claim(snapshot_scope(vm.meta.id), snapshot.meta.name, id)],
+                claims=[] if spec.passing else [name],
                 puts=[Put(snapshot), *(Put(layer) for layer in layers)],
             )
         )
@@ -235,14 +245,13 @@ async def _branch(actor: VMActor, vm: VM, snapshot: Snapshot, machine: QemuMachi
         raise
 
 
-async def _forget(environment: Environment, snapshot: Snapshot) -> None:
-    """Removes a snapshot that was not finished."""
+async def forget(environment: Environment, snapshot: Snapshot) -> None:
+    """Removes a snapshot that was not finished, or was only passing."""
+    name = Release(snapshot_scope(snapshot.spec.vm), snapshot.meta.name, snapshot.meta.id)
     await environment.store.transact(
         Transaction(
             deletes=[Delete(Snapshot, snapshot.meta.id)],
-            releases=[
-                Release(snapshot_scope(snapshot.spec.vm), snapshot.meta.name, snapshot.meta.id)
-            ],
+            releases=[] if snapshot.spec.passing else [name],
         )
     )
     await in_thread(lambda _: remove_tree(environment.snapshot_directory(snapshot)))

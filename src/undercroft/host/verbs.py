@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from undercroft.host import creation, power, snapshots
+from undercroft.host import creation, power, snapshots, templates
 from undercroft.host.actor import Verb
 
 VM_VERBS: dict[str, Verb] = {
@@ -18,4 +18,5 @@ VM_VERBS: dict[str, Verb] = {
     "snapshot.create": snapshots.take,
     "snapshot.revert": snapshots.revert,
     "snapshot.remove": snapshots.remove,
+    "template.create": templates.create,
 }

@@ -16,6 +16,9 @@ __all__ = ["add_board", "check_plan", "kvm_group", "machine_version", "needs_sat
 _X86 = ("x86_64", "i386")
 # MiB of translated code that TCG keeps. Boot times are the same from 32 to 512; memory is not.
 _TRANSLATION_CACHE = 256
+# What each board calls its memory; a migration stream knows it by that name.
+_MEMORY = {Machine.Q35: "pc.ram", Machine.MICROVM: "microvm.ram", Machine.VIRT: "mach-virt.ram"}
+_MAPS_READ_ONLY = (8, 2, 0)
 _KVM_DEVICE = "/dev/kvm"
 _TAKES_KVM_DEVICE = (9, 0, 0)
 
@@ -85,6 +88,8 @@ def add_board(line: Line, firmware: FirmwareFiles | None, tsc_khz: int | None) -
         line.add("-cpu", plan.cpu_model or _default_cpu(line))
     line.add("-smp", f"cpus={plan.cpus},sockets=1,cores={plan.cpus},threads=1")
     line.add("-m", f"size={plan.memory // 1024}k")
+    if plan.memory_file is not None:
+        _add_memory(line, plan.memory_file)
     if firmware is not None:
         _add_flash(line, firmware)
     if plan.machine is Machine.MICROVM:
@@ -137,9 +142,36 @@ def _add_machine(line: Line, firmware: FirmwareFiles | None) -> None:
         head = f"virt-{version}"
         if plan.arch == "aarch64" and plan.accelerator == "tcg":
             values["gic_version"] = 3
+    if plan.memory_file is not None:
+        values["memory_backend"] = _MEMORY[plan.machine]
     if firmware is not None:
         values |= {"pflash0": "firmware", "pflash1": "nvram"}
     line.option("-machine", head, **values)
+
+
+def _add_memory(line: Line, path: str) -> None:
+    """Memory mapped from a file. A private mapping needs the file for reading only, which QEMU
+    can be told since 8.2; it opens the file by name, so the name is that of the descriptor (whose
+    file must be accessible to the uid that QEMU runs as)."""
+    shared = line.plan.memory_shared
+    kind = HandleKind.WRITE if shared else HandleKind.READ
+    values: dict[str, object] = {}
+    if not shared:
+        if line.version < _MAPS_READ_ONLY:
+            raise UnsupportedError(
+                "only QEMU 8.2 and newer can share memory between VMs",
+                action="install a newer QEMU: script/setup",
+            )
+        values = {"readonly": True, "rom": False}
+    line.option(
+        "-object",
+        "memory-backend-file",
+        id=_MEMORY[line.plan.machine],
+        size=line.plan.memory,
+        mem_path=f"/proc/self/fd/{line.handle('memory', kind, path)}",
+        share=shared,
+        **values,
+    )
 
 
 def _add_flash(line: Line, firmware: FirmwareFiles) -> None:

@@ -49,6 +49,7 @@ from undercroft.hypervisor.state import (
 from undercroft.hypervisor.suspend import (
     discard_state,
     load_state,
+    save_devices,
     save_state,
     suspended_plan,
 )
@@ -91,10 +92,16 @@ class QemuMachine(MachineSession):
 
     @classmethod
     async def start(
-        cls, plan: MachinePlan, emulator: Emulator, *, on_event: EventHandler | None = None
+        cls,
+        plan: MachinePlan,
+        emulator: Emulator,
+        *,
+        on_event: EventHandler | None = None,
+        hold: bool = False,
     ) -> QemuMachine:
         """Starts QEMU; returns once its monitor answers (the guest runs by then), or once the
-        state in ``plan.incoming`` is loaded and the guest goes on.
+        state in ``plan.incoming`` is loaded and the guest goes on. ``hold``: the state is kept and
+        the guest stays paused.
 
         Raises:
             QemuStartError: with QEMU's last words; nothing is left behind.
@@ -118,7 +125,7 @@ class QemuMachine(MachineSession):
         output = OutputLog.of(launched.output, plan)
         machine = cls(plan, launched.process, output, on_event, launched.helpers)
         try:
-            await machine._come_up(launched, emulator)
+            await machine._come_up(launched, emulator, hold)
         except BaseException as error:
             report = await asyncio.shield(machine._give_up())
             if isinstance(error, asyncio.CancelledError):
@@ -126,25 +133,30 @@ class QemuMachine(MachineSession):
             raise _start_error(plan, error, report) from error
         return machine
 
-    async def _come_up(self, launched: Launch, emulator: Emulator) -> None:
+    async def _come_up(self, launched: Launch, emulator: Emulator, hold: bool) -> None:
         self.instance = self._make_instance(launched.process, emulator.version_text)
         self.console = self._open_console(launched.connections["serial"], fresh=True)
         self._watcher = asyncio.create_task(self._watch())
         await self._connect(launched.connections["qmp"], _START_TIMEOUT)
         if self.plan.incoming is not None:
             state = Path(self.plan.incoming)
-            await load_state(self._monitor, state)
-            going = asyncio.ensure_future(self._let_go(state))
-            try:
-                await asyncio.shield(going)
-            except asyncio.CancelledError:
-                await going  # too late: the state is only in this QEMU now
+            await load_state(self._monitor, state, apart=self.forked)
+            if not hold:
+                going = asyncio.ensure_future(self._let_go(state))
+                try:
+                    await asyncio.shield(going)
+                except asyncio.CancelledError:
+                    await going  # too late: the state is only in this QEMU now
         await self._learn_state()
 
     async def _let_go(self, state: Path) -> None:
         """Lets a loaded guest go on. It will change its disks, so its state must be gone for good
-        before: to load it once more, after whatever crash, would destroy what is on them."""
-        await asyncio.to_thread(discard_state, state)
+        before: to load it once more, after whatever crash, would destroy what is on them. (What
+        others are forked from as well stays: each has disks of its own.)"""
+        if self.forked:
+            await self.plug(False)
+        else:
+            await asyncio.to_thread(discard_state, state)
         await self._monitor.execute("cont")
 
     @classmethod
@@ -191,7 +203,18 @@ class QemuMachine(MachineSession):
             raise
         return machine
 
+    @property
+    def forked(self) -> bool:
+        """Whether it went on from what others go on from, too."""
+        return self.plan.memory_file is not None and not self.plan.memory_shared
+
     # What can be done
+
+    async def plug(self, connected: bool) -> None:
+        """Plugs the cables of all network adapters in, or pulls them out."""
+        for index in range(len(self.plan.ports)):
+            arguments = {"name": f"net{index}-dev", "up": connected}
+            await self._monitor.execute("set_link", arguments)
 
     @needs(RunState.RUNNING)
     async def pause(self) -> None:
@@ -317,6 +340,16 @@ class QemuMachine(MachineSession):
         finally:
             if self.run_state is RunState.SUSPENDING:
                 self._set_state(before)
+
+    @needs(RunState.PAUSED)
+    async def save_devices(self, path: Path) -> None:
+        """Writes the state of a guest that was loaded and held, all but its disks and its memory,
+        which ``plan.memory_file`` has. It must not run after that.
+
+        Raises:
+            QmpError, TimeLimitError, OSError: it did not work; there is no file.
+        """
+        await save_devices(self._monitor, self.plan, path)
 
     @needs(*_ALIVE)
     async def screenshot(self) -> bytes:

@@ -111,6 +111,10 @@ class MachinePlan(Model, frozen=True, kw_only=True):
     takes the newest that QEMU has. ``directory`` (DATA/vms/ID) keeps what outlives a run,
     ``run_directory`` (DATA/run/vms/ID) the sockets. ``uid``/``gid``: whom QEMU runs as; None: as
     the caller. ``incoming`` is a state file written by `QemuMachine.suspend`.
+
+    ``memory_file`` is a file that the guest's memory is mapped from, as large as that: privately,
+    so that what the guest changes is its own, or ``memory_shared``, so that the file has it.
+    A state that goes with such a file has no memory in it.
     """
 
     id: str
@@ -144,6 +148,8 @@ class MachinePlan(Model, frozen=True, kw_only=True):
     gid: int | None = None
     logs: LogLimits = LogLimits()
     incoming: str | None = None
+    memory_file: str | None = None
+    memory_shared: bool = False
     generation: int = 1
 
 

@@ -18,7 +18,14 @@ from undercroft.hypervisor.plan import MachinePlan, decode_plan, encode_plan
 from undercroft.hypervisor.qmp import Monitor
 from undercroft.model.errors import DataCorruptError, NoSpaceError, QmpError
 
-__all__ = ["discard_state", "link_state", "load_state", "save_state", "suspended_plan"]
+__all__ = [
+    "discard_state",
+    "link_state",
+    "load_state",
+    "save_devices",
+    "save_state",
+    "suspended_plan",
+]
 
 _POLL = 0.02
 _STREAM = "state"
@@ -90,9 +97,26 @@ async def save_state(
                 await monitor.execute("cont")
                 await monitor.execute("stop")
             await _migrate_to(monitor, part, progress)
-        await asyncio.to_thread(_publish, part, path, encode_plan(plan))
+        # The state has all of the memory: who reads it needs no file that others share.
+        alone = msgspec.structs.replace(plan, incoming=None, memory_file=None, memory_shared=False)
+        await asyncio.to_thread(_publish, part, path, encode_plan(alone))
     except OSError as error:
         raise NoSpaceError(f"the state of vm {plan.name} cannot be written: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+async def save_devices(monitor: Monitor, plan: MachinePlan, path: Path) -> None:
+    """Writes the state of a guest that has not run since it was loaded, all but its memory, which
+    is a file that QEMU shares (``plan.memory_shared``).
+
+    Raises:
+        QmpError, TimeLimitError, OSError: it did not work; there is no file.
+    """
+    part = _part_path(path)
+    try:
+        await _migrate_to(monitor, part, None, apart=True)
+        await asyncio.to_thread(_publish, part, path, encode_plan(plan))
     finally:
         part.unlink(missing_ok=True)
 
@@ -133,8 +157,18 @@ def _sync(directory: Path) -> None:
         os.close(descriptor)
 
 
+async def _memory_apart(monitor: Monitor, apart: bool) -> None:
+    """Says whether memory that is a file goes into the stream, or stays in its file."""
+    capability = {"capability": "x-ignore-shared", "state": apart}
+    await monitor.execute("migrate-set-capabilities", {"capabilities": [capability]})
+
+
 async def _migrate_to(
-    monitor: Monitor, part: Path, progress: Callable[[float], None] | None
+    monitor: Monitor,
+    part: Path,
+    progress: Callable[[float], None] | None,
+    *,
+    apart: bool = False,
 ) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
     descriptor = os.open(part, flags, 0o600)
@@ -143,6 +177,7 @@ async def _migrate_to(
         uri = await _hand_over(monitor, descriptor)
     finally:
         os.close(descriptor)
+    await _memory_apart(monitor, apart)
     await monitor.execute("migrate", {"uri": uri})
     try:
         await _follow(monitor, "written", progress)
@@ -192,8 +227,9 @@ async def _follow(monitor: Monitor, verb: str, progress: Callable[[float], None]
         await asyncio.sleep(_POLL)
 
 
-async def load_state(monitor: Monitor, path: Path) -> None:
+async def load_state(monitor: Monitor, path: Path, *, apart: bool = False) -> None:
     """Reads a state into a QEMU that was started to receive one; the guest stays paused.
+    ``apart``: memory is not in it (`save_devices`).
 
     Raises:
         QmpError: it does not fit or is damaged (QEMU may have ended over it).
@@ -204,5 +240,6 @@ async def load_state(monitor: Monitor, path: Path) -> None:
         uri = await _hand_over(monitor, descriptor)
     finally:
         os.close(descriptor)
+    await _memory_apart(monitor, apart)
     await monitor.execute("migrate-incoming", {"uri": uri})
     await _follow(monitor, "read", None)

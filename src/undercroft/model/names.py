@@ -18,6 +18,7 @@ PREFIX = {
     "volume": "vol",
     "layer": "layer",
     "snapshot": "snap",
+    "template": "tpl",
     "image": "img",
     "task": "task",
     "event": "ev",

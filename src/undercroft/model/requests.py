@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Any
 
 from undercroft.model.base import Model, Spec
 from undercroft.model.image import DiskFormat, ImageSourceKind
+from undercroft.model.task import Task
 from undercroft.model.vm import (
     Accelerator,
     Display,
@@ -89,6 +91,50 @@ class RevertRequest(Spec, frozen=True, kw_only=True):
 
     force: bool = False
     start: bool = False
+
+
+class CloneMode(StrEnum):
+    """How a clone comes by what its source has."""
+
+    LINKED = "linked"  # its disks lie on those of the source and have what differs
+    FULL = "full"  # its disks are copies
+    INSTANT = "instant"  # linked, and it goes on from what the source has in memory
+
+
+class CloneRequest(Spec, frozen=True, kw_only=True):
+    """Clones to make: one of each of ``names``, or ``count`` with a name that is chosen.
+
+    ``mode`` None: instant from a template with memory, else linked. ``start``: switch them on
+    (instant ones run at once). ``quiesce``: have the source's guest agent bring its file systems in
+    order first. ``cpus`` and ``memory`` (bytes): other than the source's, not for instant ones.
+    """
+
+    names: tuple[str, ...] = ()
+    count: int = 1
+    mode: CloneMode | None = None
+    start: bool = False
+    quiesce: bool = False
+    cpus: int | None = None
+    memory: int | None = None
+    hostname: str | None = None
+    labels: dict[str, str] = {}
+
+
+class TaskList(Model, frozen=True, kw_only=True):
+    """Tasks that one request led to, in the order of what was asked for."""
+
+    tasks: tuple[Task, ...]
+
+
+class TemplateCreate(Spec, frozen=True, kw_only=True):
+    """A new template from a VM. ``memory``: with what its guest has in memory; ``quiesce``: have
+    its agent bring the file systems in order first."""
+
+    name: str
+    source: str
+    description: str = ""
+    memory: bool = False
+    quiesce: bool = False
 
 
 class ImageCreate(Spec, frozen=True, kw_only=True):

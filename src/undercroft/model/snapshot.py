@@ -27,12 +27,14 @@ class SnapshotDisk(Model, frozen=True, kw_only=True):
 
 class SnapshotSpec(Spec, frozen=True, kw_only=True):
     """What was asked for. ``vm`` is an id, ``memory`` whether what the guest had in memory belongs
-    to it, ``quiesce`` whether the guest was to bring its file systems in order."""
+    to it, ``quiesce`` whether the guest was to bring its file systems in order; ``passing``: a
+    step on the way to a template, which nobody is shown."""
 
     vm: str
     description: str = ""
     memory: bool = False
     quiesce: bool = False
+    passing: bool = False
 
 
 class SnapshotStatus(Model, frozen=True, kw_only=True):

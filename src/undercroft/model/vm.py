@@ -232,10 +232,19 @@ class Instance(Model, frozen=True, kw_only=True):
     generation: int
 
 
+class Identity(StrEnum):
+    """Whether a VM is an individual: what was cloned was somebody else before."""
+
+    OWN = "own"
+    PENDING = "pending"  # seen to when its guest agent answers for the first time
+    PARTIAL = "partial"  # it shares some of that of its source, `VMStatus.shares`
+
+
 class VMStatus(Model, frozen=True, kw_only=True):
     """What a VM is. ``agent`` tells whether the guest agent answers (None: not known);
     ``restarts`` counts automatic restarts since a user last started it; ``snapshot`` is the id of
-    the snapshot that its present state comes from."""
+    the snapshot that its present state comes from; ``shares``: what of its identity is still that
+    of the VM that it was cloned from."""
 
     state: VMState = VMState.CREATING
     uid: int | None = None  # what its QEMU runs as, for as long as the VM exists
@@ -245,6 +254,8 @@ class VMStatus(Model, frozen=True, kw_only=True):
     agent: bool | None = None
     restarts: int = 0
     snapshot: str | None = None
+    identity: Identity = Identity.OWN
+    shares: tuple[str, ...] = ()
     message: str | None = None
 
 

@@ -16,6 +16,9 @@ PRIVILEGES = frozenset(
         "vm.remove",
         "vm.console",
         "vm.guest",  # exec and files inside the guest
+        "template.view",
+        "template.create",
+        "template.remove",
         "image.view",
         "image.create",
         "image.remove",

@@ -26,6 +26,7 @@ _HINTS = {
     "vm": "see what exists with: croft ls",
     "image": "see what exists with: croft image ls",
     "volume": "see what exists with: croft volume ls",
+    "template": "see what exists with: croft template ls",
     "task": "see what exists with: croft task ls",
     "host": "see what exists with: croft host show",
 }

@@ -13,6 +13,7 @@ from undercroft.operations.context import Context, find
 from undercroft.operations.images import ImageOperations
 from undercroft.operations.snapshots import SnapshotOperations
 from undercroft.operations.tasks import TaskOperations
+from undercroft.operations.templates import TemplateOperations
 from undercroft.operations.vms import VMOperations
 from undercroft.store.interface import Listing, Store, Versioned
 
@@ -96,6 +97,7 @@ class Operations:
         self.host = context.host
         self.vms = VMOperations(context)
         self.snapshots = SnapshotOperations(context)
+        self.templates = TemplateOperations(context)
         self.images = ImageOperations(context)
         self.volumes = VolumeOperations(context)
         self.tasks = TaskOperations(context)

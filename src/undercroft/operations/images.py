@@ -22,6 +22,7 @@ from undercroft.model.image import Image, ImageSourceKind, ImageSpec, ImageState
 from undercroft.model.names import check_name, new_id
 from undercroft.model.requests import ImageCreate
 from undercroft.model.task import Task
+from undercroft.model.template import Template
 from undercroft.model.vm import VM
 from undercroft.operations.access import Caller
 from undercroft.operations.context import (
@@ -165,18 +166,24 @@ class ImageOperations:
             same = await pending(store, image, ("image.remove",))
             if same is not None:
                 return same
-            users = [
+            users: list[VM | Template] = [
                 v.record
                 for v in (await store.list(VM)).items
                 if v.record.spec.image == image.meta.id
             ]
+            users += [
+                t.record
+                for t in (await store.list(Template)).items
+                if t.record.status.shape is not None
+                and t.record.status.shape.image == image.meta.id
+            ]
             if users:
-                names = ", ".join(vm.meta.name for vm in users[:5])
+                names = ", ".join(user.label for user in users[:5])
                 raise InUseError(
                     f"{image.label} is used by {names}" + (" and others" if users[5:] else ""),
                     object=image.label,
-                    action="remove these VMs first",
-                    vms=[vm.meta.id for vm in users],
+                    action="remove these first",
+                    users=[user.meta.id for user in users],
                 )
             checks = [Check(Image, image.meta.id, found.revision)]
             puts: list[Put] = []

@@ -66,7 +66,11 @@ class SnapshotOperations:
         caller.require("vm.view")
         vm = (await find(self._context.store, VM, ref)).record
         listing = await self._context.store.list(Snapshot)
-        items = [item for item in listing.items if item.record.spec.vm == vm.meta.id]
+        items = [
+            item
+            for item in listing.items
+            if item.record.spec.vm == vm.meta.id and not item.record.spec.passing
+        ]
         items.sort(key=lambda item: (item.record.meta.created, item.record.meta.id))
         return Listing(items, listing.revision)
 
@@ -194,7 +198,7 @@ class SnapshotOperations:
             scope = snapshot_scope(vm.meta.id)
             id = await store.resolve(scope, ref) if ref.isascii() else None
         found = await store.get(Snapshot, id) if id is not None else None
-        if found is None or found.record.spec.vm != vm.meta.id:
+        if found is None or found.record.spec.vm != vm.meta.id or found.record.spec.passing:
             raise NotFoundError(
                 f"{vm.label} has no snapshot {ref[:80]}",
                 object=f"snapshot {ref[:80]}",

@@ -98,15 +98,21 @@ def port_claim(host: str, forward: Forward) -> tuple[str, str]:
     return f"port/{host}", f"{forward.protocol}/{forward.host_port}"
 
 
-async def assign_host_ports(context: Context, ports: tuple[Port, ...]) -> tuple[Port, ...]:
-    """Gives a free host port to each forward that has none.
+async def assign_host_ports(
+    context: Context,
+    ports: tuple[Port, ...],
+    given: set[tuple[Protocol, int]] | None = None,
+) -> tuple[Port, ...]:
+    """Gives a free host port to each forward that has none; those in ``given`` are not free, and
+    what is given away is added to them.
 
     Raises:
         InvalidError: the ports make no sense, or an address is none of this host's.
         UnavailableError: none is free.
     """
     check_ports(ports)
-    taken = {(f.protocol, f.host_port) for port in ports for f in port.forwards if f.host_port}
+    taken = given if given is not None else set()
+    taken |= {(f.protocol, f.host_port) for port in ports for f in port.forwards if f.host_port}
     complete: list[Port] = []
     for port in ports:
         chosen: list[Forward] = []

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 from undercroft.model.errors import InvalidError, WrongStateError
-from undercroft.model.requests import ExecRequest, ExecResult, VMChange, VMCreate
+from undercroft.model.requests import CloneRequest, ExecRequest, ExecResult, VMChange, VMCreate
 from undercroft.model.task import Task
 from undercroft.model.vm import VM, VMState
 from undercroft.operations.access import Caller
 from undercroft.operations.context import Context, find
 from undercroft.operations.services import ByteStream, ConsoleSession
 from undercroft.operations.vm_change import change, remove
+from undercroft.operations.vm_clone import clone_vm
 from undercroft.operations.vm_create import create
 from undercroft.operations.vm_power import PowerOperations
 from undercroft.store.interface import Listing, Versioned
@@ -27,6 +28,10 @@ class VMOperations(PowerOperations):
     async def create(self, caller: Caller, request: VMCreate) -> Task:
         """Creates a VM, and starts it if asked to."""
         return await create(self._context, caller, request)
+
+    async def clone(self, caller: Caller, ref: str, request: CloneRequest) -> list[Task]:
+        """Makes VMs that begin as what this one is; a task for each."""
+        return await clone_vm(self._context, caller, ref, request)
 
     async def get(self, caller: Caller, ref: str) -> Versioned[VM]:
         """The VM with this name or id."""

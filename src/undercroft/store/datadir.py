@@ -39,6 +39,7 @@ _SUBDIRECTORIES = {
     "run/vms": 0o711,
     "images": 0o711,
     "volumes": 0o711,
+    "templates": 0o700,
     "vms": 0o711,
     "cache": 0o700,
     "tmp": 0o711,
@@ -112,6 +113,11 @@ class DataDirectory:
         return self.path / "volumes"
 
     @property
+    def templates(self) -> Path:
+        """What belongs to templates."""
+        return self.path / "templates"
+
+    @property
     def vms(self) -> Path:
         """What VMs keep besides their disks."""
         return self.path / "vms"
@@ -133,6 +139,10 @@ class DataDirectory:
     def vm(self, vm: str) -> Path:
         """What a VM (by id) keeps: logs, NVRAM, TPM, suspended state."""
         return self.vms / _id(vm)
+
+    def template(self, template: str) -> Path:
+        """What belongs to a template besides the layers of its disks."""
+        return self.path / "templates" / _id(template)
 
     def layer(self, layer: str) -> Path:
         """The file of a layer of a volume (by id)."""

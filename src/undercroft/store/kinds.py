@@ -9,9 +9,10 @@ from undercroft.model.image import Image
 from undercroft.model.layer import Layer
 from undercroft.model.snapshot import Snapshot
 from undercroft.model.task import Task
+from undercroft.model.template import Template
 from undercroft.model.vm import VM
 from undercroft.model.volume import Volume
 
 KINDS: dict[str, type[Record]] = {
-    cls.kind: cls for cls in (VM, Volume, Layer, Snapshot, Image, Task, Event, Host)
+    cls.kind: cls for cls in (VM, Volume, Layer, Snapshot, Template, Image, Task, Event, Host)
 }

@@ -77,6 +77,7 @@ class FakeMachine:
         self.deaf = hypervisor.deaf
         self.calls: list[str] = []
         self.detached = False
+        self.forked = False
         self.on_event: Callable[[MachineEvent], None] | None = None
         self._end: asyncio.Future[ExitReport] = asyncio.get_running_loop().create_future()
 

@@ -171,7 +171,7 @@ async def test_what_vms_were_made_from_stays(world: World) -> None:
         await world.created(f"web{n}", image="debian:12")
     with pytest.raises(InUseError, match="and others") as caught:
         await world.operations.images.remove(SYSTEM, "debian:12", force=True)
-    assert len(caught.value.data["vms"]) == 7
+    assert len(caught.value.data["users"]) == 7
 
 
 async def test_removing(world: World) -> None:

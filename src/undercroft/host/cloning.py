@@ -1,0 +1,114 @@
+"""How an actor makes the files of a clone, and lets it go on from where its source was.
+
+All of it can be repeated until the VM is there: what is half made is made anew. A guest that was
+forked and ran before the daemon died is taken over; one that ended meanwhile begins anew, with
+disks as they were when its source was frozen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+
+from undercroft.host.actor import VMActor
+from undercroft.host.environment import Environment
+from undercroft.host.layers import make_layer, new_layer, volume_status
+from undercroft.host.merging import flatten
+from undercroft.host.outcome import TaskRun
+from undercroft.host.planning import generation_id, make_seed, plan_disks, plan_ports, vm_uuid
+from undercroft.host.snapshot_files import copy_besides
+from undercroft.host.templates import wait_for
+from undercroft.hypervisor.fork import fork_plan
+from undercroft.hypervisor.machine import QemuMachine
+from undercroft.model.errors import DataError
+from undercroft.model.requests import CloneMode
+from undercroft.model.template import Template
+from undercroft.model.vm import VM
+from undercroft.model.volume import Volume, VolumeState
+from undercroft.storage.threads import in_thread
+from undercroft.store.interface import Check, Put, Transaction, update
+
+
+async def make_clone(actor: VMActor, vm: VM, run: TaskRun) -> Template:
+    """Makes the volumes of a clone from what the task's template holds.
+
+    Raises:
+        UndercroftError: it did not work, and can be tried again.
+    """
+    environment = actor.environment
+    waits = run.arguments.get("waits")
+    template = await wait_for(
+        environment, str(run.arguments["template"]), str(waits) if waits else None
+    )
+    source = environment.template_directory(template.meta.id)
+    await in_thread(lambda _: copy_besides(source, environment.vm_directory(vm.meta.id)))
+    for disk, frozen in zip(vm.spec.disks, template.status.disks, strict=True):
+        await _begin_on(environment, disk.volume, frozen.layer, template)
+    if run.arguments.get("mode") == CloneMode.FULL:
+        await flatten(actor, vm, run)
+    for disk in vm.spec.disks:
+        await update(
+            environment.store,
+            Volume,
+            disk.volume,
+            lambda volume: volume_status(volume, state=VolumeState.READY),
+        )
+    return template
+
+
+async def _begin_on(environment: Environment, id: str, below: str, template: Template) -> None:
+    """Gives a volume a first layer, empty, that lies on a frozen one."""
+    found = await environment.store.get(Volume, id)
+    held = await environment.store.get(Template, template.meta.id)
+    if found is None or held is None:
+        gone = f"volume {id}" if found is None else template.label
+        raise DataError(f"{gone} is gone", object=gone)
+    volume = found.record
+    if volume.status.head:  # begun before: whatever has been written to it since does not count
+        head = volume.status.head
+        await asyncio.to_thread(environment.layer_path(head).unlink, missing_ok=True)
+    else:
+        layer = new_layer(environment, volume.spec.size, parent=below)
+        head = layer.meta.id
+        await environment.store.transact(
+            Transaction(
+                checks=[
+                    Check(Volume, id, found.revision),
+                    Check(Template, template.meta.id, held.revision),
+                ],
+                puts=[Put(layer), Put(volume_status(volume, head=head))],
+            )
+        )
+    await make_layer(environment, head)
+
+
+async def fork(actor: VMActor, vm: VM, template: Template) -> QemuMachine:
+    """Lets a clone go on from what its template has in memory, cut off from its networks.
+
+    Raises:
+        UndercroftError: it did not work; nothing runs.
+    """
+    environment = actor.environment
+    seed = await make_seed(environment, vm)
+    disks = await plan_disks(environment, vm)
+    directory = environment.template_directory(template.meta.id) / "memory"
+    plan = await asyncio.to_thread(fork_plan, directory)
+    plan = msgspec.structs.replace(
+        plan,
+        id=vm.meta.id,
+        name=vm.meta.name,
+        uuid=vm_uuid(vm.meta.id),
+        directory=str(environment.vm_directory(vm.meta.id)),
+        run_directory=str(environment.run_directory(vm.meta.id)),
+        disks=disks,
+        seed=str(seed) if seed is not None else plan.seed,
+        ports=plan_ports(vm),
+        vmgenid=generation_id(vm.meta.id) if plan.vmgenid is not None else None,
+        uid=vm.status.uid,
+        gid=vm.status.uid,
+        generation=vm.meta.generation,
+    )
+    emulator = await environment.emulator(vm.spec.arch)
+    async with environment.start_slots:
+        return await QemuMachine.start(plan, emulator, on_event=actor.on_event)

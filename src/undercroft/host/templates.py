@@ -1,0 +1,208 @@
+"""How an actor makes a template of its VM, and how those go that nobody needs any more.
+
+A template begins as a snapshot that nobody is shown: its layers are handed on from the one to the
+other in one transaction. What the guest has in memory is put into a file that clones share.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from undercroft.host.actor import Outcome, VMActor
+from undercroft.host.environment import Environment
+from undercroft.host.layers import collect_layers
+from undercroft.host.outcome import TaskRun, change_status
+from undercroft.host.snapshot_files import copy_besides
+from undercroft.host.snapshots import forget, taken
+from undercroft.hypervisor.fork import freeze, frozen, frozen_size
+from undercroft.model.errors import DataError, UndercroftError, UnsupportedError
+from undercroft.model.snapshot import Snapshot
+from undercroft.model.task import Task
+from undercroft.model.template import Template, TemplateDisk, TemplateState, TemplateStatus
+from undercroft.model.vm import VM
+from undercroft.model.volume import Volume
+from undercroft.operations.context import scope
+from undercroft.storage.files import remove_tree, sync_directory
+from undercroft.storage.threads import in_thread
+from undercroft.store.interface import Delete, Put, Release, Transaction
+
+log = structlog.get_logger(__name__)
+
+PATIENCE = 2.0  # seconds after which somebody who waits for a template looks by themselves
+
+
+async def create(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
+    """Makes a template of what the VM is now; it stays what it is."""
+    environment = actor.environment
+    await run.commit()
+    id = str(run.arguments["template"])
+    found = await environment.store.get(Template, id)
+    if found is None:
+        raise DataError(f"template {id} is gone", object=f"template {id}")
+    template = found.record
+    if template.status.state is not TemplateState.READY:
+        try:
+            template = await _made(actor, vm, run, template)
+        except (UndercroftError, OSError) as error:
+            await remove_template(environment, template)
+            if isinstance(error, OSError):
+                what = f"{error.filename}: {error.strerror}"
+                raise DataError(what, object=template.label) from error
+            raise
+    await notify(environment)
+
+    def change(record: VM) -> VM:
+        if actor.machine is None:  # it is off, or its end is still to be seen to
+            return record
+        return change_status(record, state=actor.present_state(record))
+
+    if template.spec.passing:
+        return Outcome(change, result={"template": id})
+    return Outcome(
+        change,
+        event="template.created",
+        message=f"template {template.meta.name} was made from {vm.label}",
+        result={"template": id},
+    )
+
+
+async def _made(actor: VMActor, vm: VM, run: TaskRun, template: Template) -> Template:
+    environment = actor.environment
+    if template.spec.memory and vm.spec.tpm:
+        raise UnsupportedError(
+            f"{vm.label} has a TPM, whose secrets its clones would share in memory",
+            object=vm.label,
+            action="leave the memory out: use --linked, or a template without --memory",
+        )
+    agent = actor.machine is not None and actor.machine.agent is not None
+    agent = agent and bool(actor.machine and actor.machine.agent.channel.present)  # type: ignore[union-attr]
+    snapshot = await taken(actor, vm, run)
+    disks = await _disks(environment, vm, snapshot)
+    directory = environment.template_directory(template.meta.id)
+    source = environment.snapshot_directory(snapshot)
+    await in_thread(lambda _: copy_besides(source, directory))
+    if template.spec.memory and not frozen(directory / "memory"):
+        await run.progress(None, "sharing the memory")
+        await freeze(
+            source / "memory",
+            directory / "memory",
+            await environment.emulator(vm.spec.arch),
+            disks=[disk.size for disk in disks],
+            uid=vm.status.uid,
+            durable=not template.spec.passing,
+        )
+    await in_thread(lambda _: sync_directory(directory))
+    status = TemplateStatus(
+        state=TemplateState.READY,
+        disks=disks,
+        shape=vm.spec,
+        memory=await asyncio.to_thread(frozen_size, directory / "memory"),
+        agent=agent,
+    )
+    ready = msgspec.structs.replace(template, status=status)
+    # The layers are the template's before they cease to be the snapshot's.
+    await environment.store.transact(Transaction(puts=[Put(ready)]))
+    await forget(environment, snapshot)
+    return ready
+
+
+async def _disks(environment: Environment, vm: VM, snapshot: Snapshot) -> tuple[TemplateDisk, ...]:
+    disks = []
+    for disk, kept in zip(vm.spec.disks, snapshot.status.disks, strict=True):
+        found = await environment.store.get(Volume, disk.volume)
+        if found is None:
+            raise DataError(f"volume {disk.volume} of {vm.label} is gone", object=vm.label)
+        spec = found.record.spec
+        disks.append(TemplateDisk(layer=kept.layer, size=spec.size, image=spec.image, disk=disk))
+    return tuple(disks)
+
+
+async def wait_for(environment: Environment, id: str, task: str | None) -> Template:
+    """The template, once it is ready; ``task`` is that which makes it, if any does.
+
+    Raises:
+        DataError: it is gone, or will never be there.
+    """
+    while True:
+        found = await environment.store.get(Template, id)
+        if found is None:
+            await _raise_reason(environment, id, task)
+        elif found.record.status.state is TemplateState.READY:
+            return found.record
+        elif task is not None:
+            making = await environment.store.get(Task, task)
+            if making is None or making.record.status.state.final:
+                await _raise_reason(environment, id, task)
+        try:
+            async with asyncio.timeout(PATIENCE), environment.templates:
+                await environment.templates.wait()
+        except TimeoutError:
+            pass
+
+
+async def _raise_reason(environment: Environment, id: str, task: str | None) -> None:
+    making = await environment.store.get(Task, task) if task is not None else None
+    problem = making.record.status.error if making is not None else None
+    if problem is not None:
+        raise DataError(problem.detail, object=problem.object, action=problem.action)
+    raise DataError(f"template {id} is gone", object=f"template {id}")
+
+
+async def notify(environment: Environment) -> None:
+    """Wakes those who wait for a template."""
+    async with environment.templates:
+        environment.templates.notify_all()
+
+
+async def remove_template(environment: Environment, template: Template) -> None:
+    """Removes a template; what VMs made from it need of it stays."""
+    id = template.meta.id
+    name = Release(scope("template"), template.meta.name, id)
+    await environment.store.transact(
+        Transaction(
+            deletes=[Delete(Template, id)], releases=[] if template.spec.passing else [name]
+        )
+    )
+    await remove_files(environment, id)
+    await notify(environment)
+
+
+async def remove_files(environment: Environment, id: str) -> None:
+    """Removes what belonged to a template whose record is gone."""
+    await in_thread(lambda _: remove_tree(environment.template_directory(id)))
+    await collect_layers(environment)
+
+
+async def collect_templates(environment: Environment) -> None:
+    """Removes the templates that nobody needs: those that were to pass, once the VMs are there that
+    they were made for, and those that were never finished."""
+    templates = [item.record for item in (await environment.store.list(Template)).items]
+    if not any(t.spec.passing or t.status.state is TemplateState.PENDING for t in templates):
+        return
+    wanted = {
+        str(item.record.spec.arguments.get("template"))
+        for item in (await environment.store.list(Task)).items
+        if not item.record.status.state.final
+    }
+    for template in templates:
+        unfinished = template.status.state is TemplateState.PENDING
+        if template.meta.id not in wanted and (template.spec.passing or unfinished):
+            await remove_template(environment, template)
+
+
+def _remove(path: Path, _: object) -> None:
+    remove_tree(path)
+
+
+async def sweep_templates(environment: Environment) -> None:
+    """Removes what a crash left of templates. For the agent, at its start."""
+    await collect_templates(environment)
+    known = {item.record.meta.id for item in (await environment.store.list(Template)).items}
+    for path in await asyncio.to_thread(lambda: list(environment.directory.templates.iterdir())):
+        if path.name not in known:
+            await in_thread(partial(_remove, path))
