@@ -310,12 +310,17 @@ class VMActor:
 
     # -- the machine ------------------------------------------------------------------------
 
-    def take(self, machine: QemuMachine) -> None:
-        """Owns a machine that was started or adopted: watches it and its end."""
+    def take(self, machine: QemuMachine, *, quietly: bool = False) -> None:
+        """Owns a machine that was started or adopted: watches it and its end. ``quietly``: leaves
+        its guest agent alone until `look`."""
         self.machine = machine
         self._exit = asyncio.create_task(machine.wait_exit(), name=f"exit {self.id}")
         self._exit.add_done_callback(lambda _: self.wake())
-        self._observer.watch(machine)
+        self._observer.watch(machine, quietly=quietly)
+
+    def look(self) -> None:
+        """Has the guest agent of a machine that was taken quietly looked at from now on."""
+        self._observer.look()
 
     def in_background(self, work: Coroutine[Any, Any, None]) -> None:
         """Does something for the machine that nobody waits for; it ends with the machine."""

@@ -27,6 +27,7 @@ from undercroft.model.image import Image, ImageState
 from undercroft.model.layer import Layer
 from undercroft.model.requests import CheckFinding, CheckReport
 from undercroft.model.task import Task
+from undercroft.model.template import Template
 from undercroft.model.vm import VM, VMState
 from undercroft.model.volume import Volume
 from undercroft.operations.context import scope
@@ -51,6 +52,7 @@ class _Records:
 
     volumes: dict[str, Versioned[Volume]]
     layers: dict[str, Layer]
+    templates: set[str]
     images: dict[str, Image]
     vms: dict[str, Versioned[VM]]
     tasks: set[str]
@@ -59,10 +61,11 @@ class _Records:
     async def read(cls, store: Store) -> _Records:
         volumes = {i.record.meta.id: i for i in (await store.list(Volume)).items}
         layers = {i.record.meta.id: i.record for i in (await store.list(Layer)).items}
+        templates = {i.record.meta.id for i in (await store.list(Template)).items}
         images = {i.record.meta.id: i.record for i in (await store.list(Image)).items}
         vms = {i.record.meta.id: i for i in (await store.list(VM)).items}
         tasks = {i.record.meta.id for i in (await store.list(Task)).items}
-        return cls(volumes, layers, images, vms, tasks)
+        return cls(volumes, layers, templates, images, vms, tasks)
 
 
 async def check_host(
@@ -114,6 +117,7 @@ def _files(data: Path) -> dict[str, list[Path]]:
         "a VM's directory": _entries(data / "vms"),
         "a VM's sockets": _entries(data / "run" / "vms"),
         "a layer of a volume": _entries(data / "volumes"),
+        "a template": _entries(data / "templates"),
         "an image": _entries(data / "images"),
         "something half-made": [p for p in _entries(data / "tmp") if _changed(p) < old],
     }
@@ -143,6 +147,7 @@ def _stray_files(
         "a VM's directory": lambda path: path.name in records.vms,
         "a VM's sockets": lambda path: path.name in records.vms,
         "a layer of a volume": lambda path: path.name.removesuffix(".qcow2") in records.layers,
+        "a template": lambda path: path.name in records.templates,
         "an image": lambda path: making or path.name in digests,
         "something half-made": lambda path: making,
     }

@@ -8,6 +8,7 @@ disks as they were when its source was frozen.
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import msgspec
 
@@ -43,8 +44,10 @@ async def make_clone(actor: VMActor, vm: VM, run: TaskRun) -> Template:
     )
     source = environment.template_directory(template.meta.id)
     await in_thread(lambda _: copy_besides(source, environment.vm_directory(vm.meta.id)))
-    for disk, frozen in zip(vm.spec.disks, template.status.disks, strict=True):
-        await _begin_on(environment, disk.volume, frozen.layer, template)
+    for index, disk in enumerate(vm.spec.disks):
+        pattern = source / f"empty{index}.qcow2"
+        below = template.status.disks[index].layer
+        await _begin_on(environment, disk.volume, below, template, pattern)
     if run.arguments.get("mode") == CloneMode.FULL:
         await flatten(actor, vm, run)
     for disk in vm.spec.disks:
@@ -57,7 +60,9 @@ async def make_clone(actor: VMActor, vm: VM, run: TaskRun) -> Template:
     return template
 
 
-async def _begin_on(environment: Environment, id: str, below: str, template: Template) -> None:
+async def _begin_on(
+    environment: Environment, id: str, below: str, template: Template, pattern: Path
+) -> None:
     """Gives a volume a first layer, empty, that lies on a frozen one."""
     found = await environment.store.get(Volume, id)
     held = await environment.store.get(Template, template.meta.id)
@@ -80,7 +85,7 @@ async def _begin_on(environment: Environment, id: str, below: str, template: Tem
                 puts=[Put(layer), Put(volume_status(volume, head=head))],
             )
         )
-    await make_layer(environment, head)
+    await make_layer(environment, head, pattern)
 
 
 async def fork(actor: VMActor, vm: VM, template: Template) -> QemuMachine:

@@ -68,7 +68,7 @@ async def _clone(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
             await run.progress(None, "making the disks")
             template = await make_clone(actor, vm, run)
             if instant:
-                actor.take(await fork(actor, vm, template))
+                actor.take(await fork(actor, vm, template), quietly=True)
         machine = actor.machine
         values = (
             {"state": VMState.STOPPED}
@@ -92,6 +92,7 @@ async def _clone(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
         )
         with contextlib.suppress(QmpError, TimeLimitError):  # it may just have ended
             await actor.machine.plug(True)
+        actor.look()
         outcome.change = lambda record: individual(record, shares)
         outcome.result["pid"] = actor.machine.instance.pid
     elif not instant and run.arguments.get("start") and vm.spec.power is Power.RUNNING:

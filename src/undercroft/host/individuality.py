@@ -31,20 +31,21 @@ __all__ = ["ALL_SHARED", "individual", "make_individual"]
 
 log = structlog.get_logger(__name__)
 
-AGENT_PATIENCE = 10.0  # seconds for the agent of a fork to answer
-SCRIPT_PATIENCE = 60.0
+PATIENCE = 60.0  # seconds for the guest to do all of it
 ALL_SHARED = ("hostname", "machine-id", "SSH host keys", "boot id", "MAC address")
 
-# Each step that fails says what the guest still shares. Words are kept few: under emulation every
-# program that the guest starts costs it some hundredths of a second.
+# Each step that fails says what the guest still shares. Every program that is started costs a guest
+# under emulation some hundredths of a second, so nearly all of it is done by the shell itself.
 _BOTH = r"""
 exec 2>/dev/null
 PATH=/usr/sbin:/usr/bin:/sbin:/bin
+umask 022
 left() { echo "shares: $1"; }
 if [ -s /etc/machine-id ]; then
   echo "$id" > /etc/machine-id || left machine-id
-  [ -f /var/lib/dbus/machine-id ] && ! [ -L /var/lib/dbus/machine-id ] &&
+  if [ -f /var/lib/dbus/machine-id ] && ! [ -L /var/lib/dbus/machine-id ]; then
     echo "$id" > /var/lib/dbus/machine-id
+  fi
 fi
 """
 _FORKED = r"""
@@ -53,24 +54,26 @@ echo "$name" > /proc/sys/kernel/hostname || left hostname
 if [ -f /etc/hostname ]; then echo "$name" > /etc/hostname; fi
 if [ -f /etc/hosts ] && [ "$old" != "$name" ]; then
   while read -r line; do
-    case " $line " in *" $old "*|*"	$old "*)
+    case "$line " in *[[:space:]]"$old"[[:space:]]*)
       sed -i "s/\([[:space:]]\)$old\b/\1$name/g" /etc/hosts; break ;;
     esac
   done < /etc/hosts
 fi
-echo "$boot" > /run/undercroft-boot-id && chmod 444 /run/undercroft-boot-id &&
+echo "$boot" > /run/undercroft-boot-id &&
   mount --bind /run/undercroft-boot-id /proc/sys/kernel/random/boot_id || left "boot id"
 echo "$seed" > /dev/urandom
-reseed='open(F, ">", "/dev/urandom") and ioctl(F, 0x5207, 0) or exit 1'
-perl -e "$reseed" || /sbin/reseed ||
-  python3 -c 'import fcntl; fcntl.ioctl(open("/dev/urandom", "w"), 0x5207)' ||
-  left "random numbers (for a minute)"
+if [ -x /sbin/reseed ]; then /sbin/reseed
+elif [ -x /usr/bin/perl ]; then
+  perl -e 'open(F, ">", "/dev/urandom") && ioctl(F, 0x5207, 0) || exit 1'
+else
+  python3 -c 'import fcntl; fcntl.ioctl(open("/dev/urandom", "w"), 0x5207)'
+fi || left "random numbers (for a minute)"
 for type in ed25519 ecdsa rsa dsa; do
   file=/etc/ssh/ssh_host_${type}_key
   [ -f "$file" ] || continue
   eval "new=\$key_$type public=\$public_$type"
   if [ -n "$new" ]; then
-    (umask 077; echo "$new" > "$file") && echo "$public" > "$file.pub" || left "SSH host keys"
+    { echo "$new" > "$file" && echo "$public" > "$file.pub"; } || left "SSH host keys"
   else
     rm -f "$file" "$file.pub"
     (ssh-keygen -q -t $type -N '' -f "$file" < /dev/null > /dev/null &)
@@ -78,11 +81,14 @@ for type in ed25519 ecdsa rsa dsa; do
 done
 for net in /sys/class/net/*; do
   read -r mac < "$net/address"
-  eval "new=\$mac_$(echo "$mac" | tr -d :)"
+  renamed "$mac"
   [ -n "$new" ] || continue
   link=${net##*/}
-  ip link set dev "$link" down; ip link set dev "$link" address "$new" || left "MAC address"
-  ip link set dev "$link" up
+  ip link set dev "$link" address "$new" || {
+    ip link set dev "$link" down
+    ip link set dev "$link" address "$new" || left "MAC address"
+    ip link set dev "$link" up
+  }
 done
 cloud=/var/lib/cloud
 if [ -L $cloud/instance ]; then
@@ -91,9 +97,7 @@ if [ -L $cloud/instance ]; then
   echo "$instance" > $cloud/data/instance-id
 fi
 if [ -d /run/systemd/system ]; then
-  (systemctl --no-block try-restart systemd-journald; networkctl renew $links) > /dev/null &
-elif [ -f /etc/udhcpc.script ]; then
-  for pid in $(pidof udhcpc); do kill -USR2 $pid; kill -USR1 $pid; done
+  (systemctl --no-block try-restart systemd-journald > /dev/null &)
 fi
 """
 
@@ -107,11 +111,11 @@ async def make_individual(
     ``old_macs``: MAC addresses of the source's adapters, and what they are to become.
     """
     agent = machine.agent
-    if agent is None or not await agent.ping(timeout=AGENT_PATIENCE):
+    if agent is None or agent.channel.present is False:
         return ALL_SHARED
     script = await asyncio.to_thread(_script, vm, forked, old_macs or {})
     try:
-        result = await agent.exec(["/bin/sh"], input=script.encode(), timeout=SCRIPT_PATIENCE)
+        result = await agent.exec(["/bin/sh"], input=script.encode(), timeout=PATIENCE)
     except UndercroftError as error:
         log.warning("a clone keeps its source's identity", vm=vm.meta.name, error=error.message)
         return ALL_SHARED
@@ -138,9 +142,10 @@ def _script(vm: VM, forked: bool, macs: Mapping[str, str]) -> str:
             "seed": base64.b64encode(secrets.token_bytes(48)).decode(),
             "instance": vm.meta.id,
             **_host_keys(vm.meta.name),
-            **{f"mac_{old.replace(':', '').lower()}": new for old, new in macs.items()},
         }
     lines = [f"{name}={shlex.quote(value)}" for name, value in values.items()]
+    cases = "".join(f"{old.lower()}) new={new} ;; " for old, new in macs.items())
+    lines.append(f"renamed() {{ new=; case $1 in {cases}esac; }}")
     return "\n".join([*lines, _BOTH, _FORKED if forked else "", "exit 0", ""])
 
 

@@ -37,14 +37,21 @@ class Observer:
         self._agent_task: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._identified = False
+        self._quiet = False
 
-    def watch(self, machine: QemuMachine) -> None:
-        """Begins to watch."""
+    def watch(self, machine: QemuMachine, *, quietly: bool = False) -> None:
+        """Begins to watch; ``quietly``: the guest agent only from `look` on."""
         self.close()
         self._machine = machine
+        self._quiet = quietly
         self._look_at_agent()
         if machine.run_state is RunState.IO_ERROR:  # it was so before we looked
             self.spawn(self._go_on_when_there_is_room(machine))
+
+    def look(self) -> None:
+        """Begins to look at the guest agent."""
+        self._quiet = False
+        self._look_at_agent()
 
     def close(self) -> None:
         """Stops watching."""
@@ -80,6 +87,8 @@ class Observer:
             log.warning("observation failed", vm=self._id, exc_info=error)
 
     def _look_at_agent(self) -> None:
+        if self._quiet:
+            return
         if self._agent_task is not None:
             self._agent_task.cancel()
         self._agent_task = self.spawn(self._follow_agent())

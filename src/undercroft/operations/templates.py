@@ -78,7 +78,12 @@ class TemplateOperations:
             if request.memory:
                 check_has_memory(vm)
             template = Template(
-                meta=Meta(id=new_id("template"), name=request.name, created=context.clock()),
+                meta=Meta(
+                    id=new_id("template"),
+                    name=request.name,
+                    project=vm.meta.project,
+                    created=context.clock(),
+                ),
                 spec=TemplateSpec(
                     host=context.host,
                     source=vm.meta.id,

@@ -86,7 +86,12 @@ async def clone_vm(context: Context, caller: Caller, ref: str, request: CloneReq
                 state=vm.status.state,
             )
         template = Template(
-            meta=Meta(id=(id := new_id("template")), name=id, created=context.clock()),
+            meta=Meta(
+                id=(id := new_id("template")),
+                name=id,
+                project=vm.meta.project,
+                created=context.clock(),
+            ),
             spec=TemplateSpec(
                 host=context.host,
                 source=vm.meta.id,
