@@ -22,7 +22,7 @@ from undercroft.hypervisor.emulator import Emulator
 from undercroft.hypervisor.plan import DiskLayer
 from undercroft.hypervisor.process import Process, spawn
 from undercroft.hypervisor.qmp import Monitor
-from undercroft.model.errors import NoSpaceError, QmpError
+from undercroft.model.errors import NoSpaceError, QmpError, TimeLimitError
 
 __all__ = ["absorb", "offline"]
 
@@ -46,30 +46,53 @@ async def absorb(
             chain is as it was.
     """
     upper, lower = layers[index], layers[index + 1]
-    base = layers[index + 2].node if index + 2 < len(layers) else None
-    if not await _job(monitor):
-        await _make_writable(monitor, upper, lower)
-        arguments: dict[str, Any] = {"job-id": _JOB, "device": upper.node, "auto-dismiss": False}
-        if base is not None:
-            arguments["base-node"] = base
+    below = layers[index + 2].node if index + 2 < len(layers) else None
+    job = f"{_JOB}-{upper.node}"
+    if not await _begun(monitor, job):
+        nodes = await _nodes(monitor)
+        if lower.node not in nodes:
+            return  # a daemon died when this was done
+        if nodes.get(f"{upper.node}-file", {}).get("ro", True):
+            await _reopen(monitor, upper, write=True, backing=lower.node)
+        arguments: dict[str, Any] = {"job-id": job, "device": upper.node, "auto-dismiss": False}
+        if below is not None:
+            arguments["base-node"] = below
         await monitor.execute("block-stream", arguments)
     try:
-        await _follow(monitor, progress)
-    except asyncio.CancelledError:
-        await asyncio.shield(_cancel(monitor))
+        await _follow(monitor, job, progress)
+    except BaseException as error:
+        if isinstance(error, asyncio.CancelledError):
+            await asyncio.shield(_cancel(monitor, job))
+        if index and monitor.connected:
+            with contextlib.suppress(QmpError, TimeLimitError, OSError):
+                await asyncio.shield(_reopen(monitor, upper, write=False, backing=lower.node))
         raise
+    # Until now QEMU may have what it copied, and where it is, in its memory only: opening it anew
+    # has all of that written.
+    await _reopen(monitor, upper, write=index == 0, backing=below)
     await _drop(monitor, lower.node)
 
 
-async def _job(monitor: Monitor) -> dict[str, Any] | None:
+async def _jobs(monitor: Monitor) -> dict[str, dict[str, Any]]:
     jobs: list[dict[str, Any]] = await monitor.execute("query-jobs")
-    return next((job for job in jobs if job["id"] == _JOB), None)
+    return {job["id"]: job for job in jobs}
 
 
-async def _follow(monitor: Monitor, progress: Callable[[float], None] | None) -> None:
-    while (job := await _job(monitor)) is not None:
+async def _begun(monitor: Monitor, wanted: str) -> bool:
+    """Whether an earlier daemon began this job. Other ones of that kind are given up."""
+    jobs = await _jobs(monitor)
+    for job in jobs:
+        if job.startswith(_JOB) and job != wanted:
+            await _cancel(monitor, job)
+    return wanted in jobs
+
+
+async def _follow(
+    monitor: Monitor, id: str, progress: Callable[[float], None] | None = None
+) -> None:
+    while (job := (await _jobs(monitor)).get(id)) is not None:
         if job["status"] == "concluded":
-            await monitor.execute("job-dismiss", {"id": _JOB})
+            await monitor.execute("job-dismiss", {"id": id})
             if (reason := job.get("error")) is not None:
                 kind = NoSpaceError if "No space left" in reason else QmpError
                 raise kind(f"layers of {monitor.name} cannot be merged: {reason}")
@@ -79,30 +102,34 @@ async def _follow(monitor: Monitor, progress: Callable[[float], None] | None) ->
         await asyncio.sleep(_POLL)
 
 
-async def _cancel(monitor: Monitor) -> None:
+async def _cancel(monitor: Monitor, job: str) -> None:
     with contextlib.suppress(QmpError):
-        await monitor.execute("job-cancel", {"id": _JOB})
-        await _follow(monitor, None)
+        await monitor.execute("job-cancel", {"id": job})
+    with contextlib.suppress(QmpError, NoSpaceError):
+        await _follow(monitor, job)
 
 
-async def _make_writable(monitor: Monitor, layer: DiskLayer, below: DiskLayer) -> None:
-    """Has QEMU open a layer for writing that it has for reading only."""
+async def _reopen(monitor: Monitor, layer: DiskLayer, *, write: bool, backing: str | None) -> None:
+    """Has QEMU write all that it has of a layer, and open it for writing or for reading only."""
     nodes = await _nodes(monitor)
-    file = f"{layer.node}-file"
     number = _set_of(nodes, layer.node)
     if number is None:
         raise QmpError(f"QEMU of {monitor.name} does not have {layer.node}")
-    if not nodes[file]["ro"]:
-        return
-    sets = await monitor.execute("query-fdsets")
-    before = [one["fd"] for known in sets if known["fdset-id"] == number for one in known["fds"]]
-    descriptor = os.open(layer.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        await monitor.add_to_set(descriptor, number)
-    finally:
-        os.close(descriptor)
+    other = nodes[f"{layer.node}-file"]["ro"] == write
+    before: list[int] = []
+    if other:
+        sets = await monitor.execute("query-fdsets")
+        before = [
+            one["fd"] for known in sets if known["fdset-id"] == number for one in known["fds"]
+        ]
+        access = os.O_RDWR if write else os.O_RDONLY
+        descriptor = os.open(layer.path, access | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            await monitor.add_to_set(descriptor, number)
+        finally:
+            os.close(descriptor)
     options = layer_nodes(
-        layer.node, f"/dev/fdset/{number}", layer.format, write=True, backing=below.node
+        layer.node, f"/dev/fdset/{number}", layer.format, write=write, backing=backing
     )
     await monitor.execute("blockdev-reopen", {"options": list(options)})
     # QEMU's locks stay on an open file for as long as the set holds it, and would be in our way.

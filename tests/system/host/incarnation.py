@@ -1,0 +1,278 @@
+"""A daemon without its API in a process of its own, which dies as if by kill -9 at the step it is
+told to: before it opens or renames a file, or between any two things that it awaits."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import multiprocessing
+import os
+import re
+import sys
+from collections.abc import Callable, Coroutine
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from undercroft.host.agent import HostAgent
+from undercroft.host.environment import Environment
+from undercroft.host.layers import chain, plan_layers
+from undercroft.host.registration import register
+from undercroft.model.errors import UndercroftError
+from undercroft.model.task import Task
+from undercroft.model.vm import VM
+from undercroft.model.volume import Volume
+from undercroft.operations.access import SYSTEM
+from undercroft.operations.context import Context
+from undercroft.operations.core import Operations
+from undercroft.storage.process import run
+from undercroft.store.datadir import DataDirectory
+from undercroft.store.sqlite import SQLiteStore
+
+KILLED = 137
+_DUMPED = re.compile(r"[0-9a-f]{8}:  ((?:[0-9a-f]{2} ){16})")
+LEASH = 60.0  # seconds that anything may take
+
+_STEPS = (
+    "open",
+    "os.chmod",
+    "os.chown",
+    "os.link",
+    "os.mkdir",
+    "os.remove",
+    "os.rename",
+    "os.rmdir",
+    "os.truncate",
+    "shutil.copytree",
+    "shutil.rmtree",
+    "socket.connect",
+    "subprocess.Popen",
+)
+
+
+class Fuse:
+    """Ends the process once so many steps were taken."""
+
+    def __init__(self) -> None:
+        self.left = 0
+        sys.addaudithook(self._on_audit)
+        run_handle = asyncio.Handle._run
+
+        def counted(handle: Any) -> None:
+            self._count()
+            run_handle(handle)
+
+        setattr(asyncio.Handle, "_run", counted)  # noqa: B010
+
+    def _on_audit(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self.left and event in _STEPS:
+            self._count()
+
+    def _count(self) -> None:
+        if self.left:
+            self.left -= 1
+            if not self.left:
+                os._exit(KILLED)
+
+
+class Incarnation:
+    """The parent's side: asks, and learns what became of it."""
+
+    def __init__(self, data: Path) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        self._pipe, theirs = context.Pipe()
+        self.process: BaseProcess = context.Process(target=_main, args=(data, theirs), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def ask(self, verb: str, *arguments: Any, steps: int = 0) -> Any:
+        """Has it do something, and dies after ``steps`` (0: not).
+
+        Raises:
+            EOFError: it died. UndercroftError: it was refused.
+        """
+        try:
+            self._pipe.send((steps, verb, arguments))
+            if not self._pipe.poll(LEASH):
+                raise AssertionError(f"{verb}{arguments} takes for ever")
+            answer = self._pipe.recv()
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            self.process.join()
+            assert self.process.exitcode in (KILLED, -9), self.process.exitcode
+            raise EOFError from None
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def kill(self) -> None:
+        """kill -9."""
+        self.process.kill()
+        self.process.join()
+
+
+def _main(data: Path, pipe: Connection) -> None:
+    os.setsid()
+    fuse = Fuse()
+    asyncio.run(_live(data, pipe, fuse))
+    os._exit(0)
+
+
+async def _live(data: Path, pipe: Connection, fuse: Fuse) -> None:
+    world: World | None = None
+    while True:
+        steps, verb, arguments = await asyncio.to_thread(pipe.recv)
+        fuse.left = steps
+        answer: Any
+        try:
+            if world is None:
+                world = await World.begin(data)
+            answer = await asyncio.wait_for(getattr(world, verb)(*arguments), LEASH)
+        except UndercroftError as error:
+            answer = UndercroftError(f"{error.code}: {error.message}")
+        except Exception as error:
+            answer = AssertionError(f"{type(error).__name__}: {error}")
+        fuse.left = 0
+        pipe.send(answer)
+
+
+class World:
+    """The child's side: what it can be asked for."""
+
+    def __init__(self, environment: Environment, agent: HostAgent) -> None:
+        self.environment = environment
+        self.agent = agent
+        context = Context(store=environment.store, host=environment.host, services=agent.services)
+        self.operations = Operations(context)
+
+    @classmethod
+    async def begin(cls, data: Path) -> World:
+        """What `undercroft.api.daemon` does, without an API."""
+        directory = DataDirectory.open(data)
+        directory.lock()
+        store = await SQLiteStore.open(directory.store_file)
+
+        async def accelerator(arch: str) -> str:
+            return "tcg"
+
+        environment = Environment(
+            store=store,
+            host=await register(store, 0.0),
+            directory=directory,
+            accelerator=accelerator,
+        )
+        agent = HostAgent(environment)
+        await agent.start()
+        return cls(environment, agent)
+
+    async def do(self, path: str, *arguments: Any) -> list[str]:
+        """Calls an operation, and waits for its tasks; their ids."""
+        verb: Callable[..., Coroutine[Any, Any, Any]] = self.operations  # type: ignore[assignment]
+        for name in path.split("."):
+            verb = getattr(verb, name)
+        asked = await verb(SYSTEM, *arguments)
+        tasks = asked if isinstance(asked, list) else [asked]
+        for task in tasks:
+            if isinstance(task, Task):
+                await self.operations.tasks.wait(SYSTEM, task.meta.id, LEASH)
+        return [task.meta.id for task in tasks if isinstance(task, Task)]
+
+    async def peace(self) -> dict[str, tuple[str, str, str, str]]:
+        """Waits until nothing is under way; each task's verb, object, state and error."""
+        store = self.environment.store
+        while True:
+            vms = [item.record for item in (await store.list(VM)).items]
+            tasks = [item.record for item in (await store.list(Task)).items]
+            if all(task.status.state.final for task in tasks) and not any(vm.tasks for vm in vms):
+                break
+            await asyncio.sleep(0.02)
+        return {
+            task.meta.id: (
+                task.spec.verb,
+                task.spec.object.name,
+                task.status.state.value,
+                task.status.error.detail if task.status.error is not None else "",
+            )
+            for task in tasks
+        }
+
+    async def states(self) -> dict[str, str]:
+        """The state of each VM."""
+        vms = [item.record for item in (await self.environment.store.list(VM)).items]
+        return {vm.meta.name: vm.status.state.value for vm in vms}
+
+    async def snapshots(self) -> set[tuple[str, str]]:
+        """All snapshots, by the names of VM and snapshot."""
+        found = set()
+        for name in await self.states():
+            for item in (await self.operations.snapshots.list(SYSTEM, name)).items:
+                found.add((name, item.record.meta.name))
+        return found
+
+    async def templates(self) -> set[str]:
+        """All templates, by name."""
+        listing = await self.operations.templates.list(SYSTEM)
+        return {item.record.meta.name for item in listing.items}
+
+    async def findings(self) -> list[str]:
+        """What is not in order."""
+        report = await self.operations.hosts.check(SYSTEM)
+        return [finding.message for finding in report.findings]
+
+    async def write(self, name: str, commands: list[str]) -> None:
+        """Has commands of ``qemu-io`` carried out on a VM's disk, by its QEMU if it runs."""
+        vm = (await self.operations.vms.get(SYSTEM, name)).record
+        machine = self.agent.machine(vm.meta.id)
+        if machine is None:
+            await self._outside(name, commands)
+            return
+        for text in commands:
+            await hmp(machine._monitor.execute, text)
+
+    async def read(self, name: str, places: list[int], length: int) -> list[int]:
+        """The byte that each of these places holds, all ``length`` bytes of it; -1: not so."""
+        vm = (await self.operations.vms.get(SYSTEM, name)).record
+        machine = self.agent.machine(vm.meta.id)
+        if machine is not None:
+            await hmp(machine._monitor.execute, "flush")
+        dumped = await self._outside(name, [f"read -v {place} {length}" for place in places])
+        found: list[int] = []
+        for part in dumped.split("ops; ")[:-1]:
+            bytes_ = {
+                byte
+                for line in part.splitlines()
+                if (match := _DUMPED.match(line))
+                for byte in match[1].split()
+            }
+            found.append(int(bytes_.pop(), 16) if len(bytes_) == 1 else -1)
+        assert len(found) == len(places), dumped
+        return found
+
+    async def _outside(self, name: str, commands: list[str]) -> str:
+        vm = (await self.operations.vms.get(SYSTEM, name)).record
+        volume = await self.environment.store.get(Volume, vm.spec.disks[0].volume)
+        assert volume is not None
+        layers = await plan_layers(self.environment, volume.record.status.head, 0)
+        node: dict[str, Any] | None = None
+        share = self.agent.machine(vm.meta.id) is not None
+        for layer in reversed(layers):
+            file = {"driver": "file", "filename": layer.path}
+            node = {"driver": "qcow2", "file": file, "backing": node, "force-share": share}
+        command = ["qemu-io", *(["-r"] if share else [])]
+        command += [part for text in commands for part in ("-c", text)]
+        return (await run([*command, "json:" + json.dumps(node)], timeout=LEASH)).decode()
+
+    async def depth(self, name: str) -> int:
+        """Of how many layers the disk of a VM consists."""
+        vm = (await self.operations.vms.get(SYSTEM, name)).record
+        volume = await self.environment.store.get(Volume, vm.spec.disks[0].volume)
+        assert volume is not None
+        return len(await chain(self.environment, volume.record.status.head))
+
+
+async def hmp(execute: Callable[..., Coroutine[Any, Any, Any]], command: str) -> None:
+    """A command of ``qemu-io`` on the first disk of a QEMU. What it says goes to QEMU's output."""
+    line = f'qemu-io -d /machine/peripheral/disk0-dev/virtio-backend "{command}"'
+    answer = await execute("human-monitor-command", {"command-line": line})
+    assert not answer, answer
