@@ -25,6 +25,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "createTemplate": {"name": "debian-warm", "source": "web1", "memory": True},
     "cloneTemplate": {"count": 10},
     "execInVM": {"argv": ["uname", "-a"], "timeout": 10.0},
+    "createVolume": {"name": "data1", "size": 20 << 30},
     "createImage": {"source": "build", "value": "debian:12"},
     "checkHost": {"repair": False},
 }

@@ -1,26 +1,29 @@
-"""Volumes over REST, see `undercroft.operations.core`."""
+"""Volumes over REST, see `undercroft.operations.volumes`."""
 
 from __future__ import annotations
 
-from litestar import Controller, Response, get
+from litestar import Controller, Response, delete, get, post
 from litestar.di import NamedDependency
-from litestar.params import FromPath
+from litestar.params import FromPath, JSONBody
 
 from undercroft.api.answers import (
     AnyRequest,
     PageOf,
     answer_listing,
     answer_record,
+    answer_task,
     caller,
     errors,
     operations,
 )
 from undercroft.api.query import Query
+from undercroft.model.requests import VolumeCreate
+from undercroft.model.task import Task
 from undercroft.model.volume import Volume
 
 
 class VolumeController(Controller):
-    """Looking at volumes; they come and go with their VMs."""
+    """Making volumes, looking at them, removing them. Those of VMs come with their VMs."""
 
     path = "/v1/volumes"
     tags = ["volumes"]
@@ -33,6 +36,18 @@ class VolumeController(Controller):
         listing = await operations(request).volumes.list(caller(request))
         return answer_listing(request, Volume, listing, asked)
 
+    @post(
+        operation_id="createVolume",
+        summary="Make a volume",
+        status_code=202,
+        responses=errors(404, 409, 507),
+    )
+    async def create_volume(
+        self, request: AnyRequest, data: JSONBody[VolumeCreate]
+    ) -> Response[Task]:
+        """Makes a volume that belongs to no VM yet. The task's result names it."""
+        return answer_task(await operations(request).volumes.create(caller(request), data))
+
     @get(
         "/{ref:str}",
         operation_id="getVolume",
@@ -42,3 +57,14 @@ class VolumeController(Controller):
     async def get_volume(self, request: AnyRequest, ref: FromPath[str]) -> Response[Volume]:
         """The volume with this name or id."""
         return answer_record(request, await operations(request).volumes.get(caller(request), ref))
+
+    @delete(
+        "/{ref:str}",
+        operation_id="removeVolume",
+        summary="Remove a volume",
+        status_code=202,
+        responses=errors(404, 409),
+    )
+    async def remove_volume(self, request: AnyRequest, ref: FromPath[str]) -> Response[Task]:
+        """Removes a volume that no VM has, with what is on it."""
+        return answer_task(await operations(request).volumes.remove(caller(request), ref))

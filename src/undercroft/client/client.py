@@ -20,6 +20,7 @@ from undercroft.client.streams import follow
 from undercroft.client.templates import TemplatesClient
 from undercroft.client.transport import TIMEOUT
 from undercroft.client.vms import VMsClient
+from undercroft.client.volumes import VolumesClient
 from undercroft.model.base import Record
 from undercroft.model.errors import CompactedError, TimeLimitError, error_from_problem
 from undercroft.model.event import Event
@@ -61,7 +62,7 @@ class Client:
         self.images = ImagesClient(self.raw)
         self.snapshots = SnapshotsClient(self.raw)
         self.templates = TemplatesClient(self.raw)
-        self.volumes = Noun(self.raw, "/v1/volumes", Volume)
+        self.volumes = VolumesClient(self.raw)
         self.tasks = TasksClient(self.raw)
         self.events = EventsClient(self.raw)
         self.hosts = HostsClient(self.raw)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from contextlib import aclosing
+from typing import Any
 
 import structlog
 
@@ -23,6 +24,8 @@ from undercroft.host.outcome import final_status
 from undercroft.host.services import LocalHost
 from undercroft.host.templates import remove_files, sweep_templates
 from undercroft.host.verbs import VM_VERBS
+from undercroft.host.volumes import VolumeWorker
+from undercroft.host.worker import Worker
 from undercroft.hypervisor.machine import QemuMachine
 from undercroft.model.base import Record
 from undercroft.model.errors import CompactedError, UnavailableError, UndercroftError
@@ -31,12 +34,13 @@ from undercroft.model.requests import CheckReport
 from undercroft.model.task import Task
 from undercroft.model.template import Template
 from undercroft.model.vm import VM
+from undercroft.model.volume import Volume
 from undercroft.store.interface import Change, Put, Transaction
 
 log = structlog.get_logger(__name__)
 
 RETRY_INTERVAL = 1.0  # seconds before the store is followed again after a fault
-WATCHED: tuple[type[Record], ...] = (VM, Image, Task, Template)
+WATCHED: tuple[type[Record], ...] = (VM, Image, Volume, Task, Template)
 
 
 class HostAgent:
@@ -46,7 +50,7 @@ class HostAgent:
         self.environment = environment
         self.services = LocalHost(environment, self.machine, self.check)
         self._actors: dict[str, VMActor] = {}
-        self._images: dict[str, ImageWorker] = {}
+        self._workers: dict[str, Worker[Any]] = {}  # of images and volumes
         self._background: list[asyncio.Task[None]] = []
         self._removals: set[asyncio.Task[None]] = set()
 
@@ -68,14 +72,17 @@ class HostAgent:
         await asyncio.gather(*(self._adopt(vm) for vm in known.values()))
         await orphans.end_orphans(self.environment, self._owned())
         images = await self.environment.store.list(Image)
-        for image in images.items:
-            self._image_worker(image.record)
-        await self._end_ownerless_tasks(known, {i.record.meta.id for i in images.items})
+        volumes = await self.environment.store.list(Volume)
+        await self._end_ownerless_tasks(known)
         await sweep_templates(self.environment)
         await collect_layers(self.environment)
+        for image in images.items:
+            self._wake_worker(image.record)
+        for volume in volumes.items:
+            self._wake_worker(volume.record)
         for actor in self._actors.values():
             actor.launch()
-        revision = min(vms.revision, images.revision)
+        revision = min(vms.revision, images.revision, volumes.revision)
         self._background = [
             asyncio.create_task(self._follow(revision), name="follow"),
             asyncio.create_task(keep_house(self.environment), name="housekeeping"),
@@ -92,7 +99,7 @@ class HostAgent:
         await asyncio.gather(*self._removals, return_exceptions=True)
         await asyncio.gather(
             *(actor.close() for actor in self._actors.values()),
-            *(worker.close() for worker in self._images.values()),
+            *(worker.close() for worker in self._workers.values()),
         )
 
     async def check(self, repair: bool) -> CheckReport:
@@ -109,14 +116,16 @@ class HostAgent:
         """The VMs whose processes are accounted for."""
         return {id for id, actor in self._actors.items() if actor.accounts_for_process}
 
-    async def _end_ownerless_tasks(self, vms: dict[str, VM], images: set[str]) -> None:
+    async def _end_ownerless_tasks(self, vms: dict[str, VM]) -> None:
         """A task whose object is gone, or no longer lists it, cannot be carried out by anybody."""
         listed = {task for vm in vms.values() for task in vm.tasks}
         for item in (await self.environment.store.list(Image)).items:
             listed.update(item.record.tasks)
+        for found in (await self.environment.store.list(Volume)).items:
+            listed.update(found.record.tasks)
         now = self.environment.clock()
-        for found in (await self.environment.store.list(Task)).items:
-            task = found.record
+        for entry in (await self.environment.store.list(Task)).items:
+            task = entry.record
             if task.status.state.final or task.meta.id in listed:
                 continue
             if task.spec.host != self.environment.host:
@@ -152,7 +161,8 @@ class HostAgent:
     async def _list_again(self) -> int:
         """Takes note of all there is, after changes were missed; the revision to go on from."""
         revision = await self.environment.store.revision()
-        known = [(VM, id) for id in self._actors] + [(Image, id) for id in self._images]
+        known: list[tuple[type[Record], str]] = [(VM, id) for id in self._actors]
+        known += [(worker.kind, id) for id, worker in self._workers.items()]
         for kind in WATCHED:
             for item in (await self.environment.store.list(kind)).items:
                 self._on_change(Change(kind, item.record.meta.id, item.record, item.revision))
@@ -165,10 +175,10 @@ class HostAgent:
         record = change.record
         if change.kind is VM:
             self._on_vm(change.id, record)
-        elif isinstance(record, Image):
-            self._image_worker(record)
-        elif change.kind is Image:
-            self._images.pop(change.id, None)
+        elif isinstance(record, (Image, Volume)):
+            self._wake_worker(record)
+        elif change.kind in (Image, Volume):
+            self._workers.pop(change.id, None)
         elif change.kind is Template and record is None:
             removal = asyncio.create_task(remove_files(self.environment, change.id))
             self._removals.add(removal)
@@ -187,15 +197,18 @@ class HostAgent:
             del self._actors[id]
         actor.wake()
 
-    def _image_worker(self, image: Image) -> None:
-        worker = self._images.get(image.meta.id)
+    def _wake_worker(self, record: Image | Volume) -> None:
+        worker = self._workers.get(record.meta.id)
         if worker is None:
-            worker = self._images[image.meta.id] = ImageWorker(self.environment, image.meta.id)
-        worker.wake(image)
+            if not record.tasks:
+                return  # nothing to do, and perhaps never will be
+            make: type[Worker[Any]] = ImageWorker if isinstance(record, Image) else VolumeWorker
+            worker = self._workers[record.meta.id] = make(self.environment, record.meta.id)
+        worker.wake(record)
 
     def _cancel(self, task: Task) -> None:
         target = task.spec.object
         if target.kind == VM.kind and target.id in self._actors:
             self._actors[target.id].cancel_task(task.meta.id)
-        elif target.kind == Image.kind and target.id in self._images:
-            self._images[target.id].cancel_task(task.meta.id)
+        elif target.id in self._workers:
+            self._workers[target.id].cancel_task(task.meta.id)

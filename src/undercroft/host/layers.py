@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,24 @@ from undercroft.store.interface import Check, Delete, Put, Transaction, update
 
 
 def new_layer(
-    environment: Environment, size: int, *, parent: str | None = None, image: str | None = None
+    environment: Environment,
+    size: int,
+    *,
+    parent: str | None = None,
+    image: str | None = None,
+    preallocated: bool = False,
 ) -> Layer:
     """A layer of this host that has no file yet."""
     id = new_id("layer")
     return Layer(
         meta=Meta(id=id, name=id, created=environment.clock()),
-        spec=LayerSpec(host=environment.host, size=size, parent=parent, image=image),
+        spec=LayerSpec(
+            host=environment.host,
+            size=size,
+            parent=parent,
+            image=image,
+            preallocated=preallocated,
+        ),
     )
 
 
@@ -70,7 +81,8 @@ async def head_layer(environment: Environment, id: str) -> str:
         volume = found.record
         if volume.status.head:
             return volume.status.head
-        layer = new_layer(environment, volume.spec.size, image=volume.spec.image)
+        spec = volume.spec
+        layer = new_layer(environment, spec.size, image=spec.image, preallocated=spec.preallocated)
         wanted = volume_status(volume, head=layer.meta.id)
         with contextlib.suppress(StaleError):
             await environment.store.transact(
@@ -126,7 +138,12 @@ async def image_disk(environment: Environment, id: str) -> tuple[Path, DiskForma
     return path, DiskFormat(content.disk_format.value)
 
 
-async def make_layer(environment: Environment, id: str, pattern: Path | None = None) -> None:
+async def make_layer(
+    environment: Environment,
+    id: str,
+    pattern: Path | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> None:
     """Makes a layer's file; does nothing if it is there already. ``pattern``: where an empty one of
     the same size and parent is kept, to be copied, which is quicker than to make it.
 
@@ -142,7 +159,14 @@ async def make_layer(environment: Environment, id: str, pattern: Path | None = N
         elif layer.spec.image is not None:
             base = await image_disk(environment, layer.spec.image)
         if pattern is None:
-            await create_volume(path, layer.spec.size, base=base, tmp=environment.tmp)
+            await create_volume(
+                path,
+                layer.spec.size,
+                base=base,
+                tmp=environment.tmp,
+                preallocate=layer.spec.preallocated,
+                progress=progress,
+            )
         else:
             if not pattern.exists():
                 await create_volume(pattern, layer.spec.size, base=base, tmp=environment.tmp)
@@ -157,6 +181,8 @@ def volume_status(volume: Volume, **values: Any) -> Volume:
 
 
 def _ready(layer: Layer) -> Layer:
+    if layer.spec.preallocated:  # it has all that its image has
+        layer = msgspec.structs.replace(layer, spec=msgspec.structs.replace(layer.spec, image=None))
     status = msgspec.structs.replace(layer.status, state=LayerState.READY)
     return msgspec.structs.replace(layer, status=status)
 

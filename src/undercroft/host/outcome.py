@@ -26,6 +26,7 @@ from undercroft.model.event import Event, EventLevel
 from undercroft.model.image import Image
 from undercroft.model.task import Task, TaskState, TaskStatus
 from undercroft.model.vm import VM, VMState
+from undercroft.model.volume import Volume
 from undercroft.operations.context import ATTEMPTS, new_event
 from undercroft.store.interface import (
     Check,
@@ -37,7 +38,7 @@ from undercroft.store.interface import (
     update,
 )
 
-R = TypeVar("R", VM, Image)
+R = TypeVar("R", VM, Image, Volume)
 
 log = structlog.get_logger(__name__)
 

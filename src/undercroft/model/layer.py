@@ -22,12 +22,14 @@ class LayerState(StrEnum):
 
 class LayerSpec(Spec, frozen=True, kw_only=True):
     """What a layer is: ``size`` in bytes as the guest sees it, the ``parent`` (a layer's id) that
-    it lies on, or else the ``image`` (an id), or nothing; ``host`` is where its file is."""
+    it lies on, or else the ``image`` (an id), or nothing; ``host`` is where its file is;
+    ``preallocated``: the file has all of its room from the beginning, and all that it lay on."""
 
     host: str
     size: int
     parent: str | None = None
     image: str | None = None
+    preallocated: bool = False
 
 
 class LayerStatus(Model, frozen=True, kw_only=True):

@@ -137,6 +137,18 @@ class TemplateCreate(Spec, frozen=True, kw_only=True):
     quiesce: bool = False
 
 
+class VolumeCreate(Spec, frozen=True, kw_only=True):
+    """A new volume that belongs to no VM yet. ``size`` in bytes (None: that of the source);
+    ``source``: name or id of an image that it begins as; ``preallocate``: take all its space on the
+    host now, so that it cannot run out of it later."""
+
+    name: str
+    size: int | None = None
+    source: str | None = None
+    preallocate: bool = False
+    labels: dict[str, str] = {}
+
+
 class ImageCreate(Spec, frozen=True, kw_only=True):
     """A new image. ``name`` None: taken from the source. ``value``: what to build, the path of a
     file on the daemon's host, an address, or a name in the catalogue."""

@@ -19,19 +19,22 @@ class VolumeState(StrEnum):
     PENDING = "pending"
     READY = "ready"
     FAILED = "failed"
+    REMOVING = "removing"
 
 
 class VolumeSpec(Spec, frozen=True, kw_only=True):
     """What a volume should be.
 
-    ``size`` in bytes as the guest sees it; ``image`` is the id of the image that it is an overlay
-    of; ``host`` the id of the host it lies on; ``vm`` that of the VM that it goes with.
+    ``size`` in bytes as the guest sees it; ``image`` is the id of the image that it began as;
+    ``host`` the id of the host it lies on; ``vm`` that of the VM that it goes with (None: it stands
+    for itself); ``preallocated``: all its space is taken on the host from the beginning.
     """
 
     size: int
     image: str | None = None
     host: str
     vm: str | None = None
+    preallocated: bool = False
 
 
 class VolumeStatus(Model, frozen=True, kw_only=True):
@@ -45,11 +48,13 @@ class VolumeStatus(Model, frozen=True, kw_only=True):
 
 
 class Volume(Record, frozen=True, kw_only=True):
-    """A volume."""
+    """A volume. ``tasks`` are the ids of those that wait or run, in their order: of one that goes
+    with a VM, only those that do not concern that VM."""
 
     kind: ClassVar[str] = "volume"
     spec: VolumeSpec
     status: VolumeStatus = VolumeStatus()
+    tasks: tuple[str, ...] = ()
 
 
 def check_volume_size(size: int) -> int:

@@ -23,6 +23,8 @@ PRIVILEGES = frozenset(
         "image.create",
         "image.remove",
         "volume.view",
+        "volume.create",
+        "volume.remove",
         "task.view",
         "task.cancel",
         "event.view",

@@ -14,6 +14,7 @@ from undercroft.model.image import Image
 from undercroft.model.names import is_id, new_id
 from undercroft.model.task import Task, TaskSpec
 from undercroft.model.vm import VM
+from undercroft.model.volume import Volume
 from undercroft.operations.services import HostServices
 from undercroft.store.interface import Store, Versioned
 
@@ -88,7 +89,7 @@ def check_unchanged(found: Versioned[Any], if_match: int | None) -> None:
         )
 
 
-def check_queue(record: VM | Image) -> None:
+def check_queue(record: VM | Image | Volume) -> None:
     """Does nothing while the object's queue of tasks has room.
 
     Raises:
@@ -142,7 +143,7 @@ def new_event(
     )
 
 
-async def pending(store: Store, record: VM | Image, verbs: Sequence[str]) -> Task | None:
+async def pending(store: Store, record: VM | Image | Volume, verbs: Sequence[str]) -> Task | None:
     """The last waiting or running task of the object, if it is one of these verbs.
 
     Asking for the same thing twice gives the same task, so that a request can be repeated.

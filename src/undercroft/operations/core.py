@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from undercroft.model.event import Event
 from undercroft.model.host import Host
 from undercroft.model.requests import CheckReport, VMSample
-from undercroft.model.volume import Volume
 from undercroft.operations.access import Caller
 from undercroft.operations.context import Context, find
 from undercroft.operations.images import ImageOperations
@@ -15,24 +14,8 @@ from undercroft.operations.snapshots import SnapshotOperations
 from undercroft.operations.tasks import TaskOperations
 from undercroft.operations.templates import TemplateOperations
 from undercroft.operations.vms import VMOperations
+from undercroft.operations.volumes import VolumeOperations
 from undercroft.store.interface import Listing, Store, Versioned
-
-
-class VolumeOperations:
-    """Every verb on volumes."""
-
-    def __init__(self, context: Context) -> None:
-        self._context = context
-
-    async def get(self, caller: Caller, ref: str) -> Versioned[Volume]:
-        """The volume with this name or id."""
-        caller.require("volume.view")
-        return await find(self._context.store, Volume, ref)
-
-    async def list(self, caller: Caller) -> Listing[Volume]:
-        """All volumes."""
-        caller.require("volume.view")
-        return await self._context.store.list(Volume)
 
 
 class EventOperations:

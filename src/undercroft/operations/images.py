@@ -19,11 +19,13 @@ from undercroft.model.errors import (
     StaleError,
 )
 from undercroft.model.image import Image, ImageSourceKind, ImageSpec, ImageState
+from undercroft.model.layer import Layer
 from undercroft.model.names import check_name, new_id
 from undercroft.model.requests import ImageCreate
 from undercroft.model.task import Task
 from undercroft.model.template import Template
 from undercroft.model.vm import VM
+from undercroft.model.volume import Volume
 from undercroft.operations.access import Caller
 from undercroft.operations.context import (
     ATTEMPTS,
@@ -166,7 +168,7 @@ class ImageOperations:
             same = await pending(store, image, ("image.remove",))
             if same is not None:
                 return same
-            users: list[VM | Template] = [
+            users: list[VM | Template | Volume] = [
                 v.record
                 for v in (await store.list(VM)).items
                 if v.record.spec.image == image.meta.id
@@ -177,6 +179,7 @@ class ImageOperations:
                 if t.record.status.shape is not None
                 and t.record.status.shape.image == image.meta.id
             ]
+            users += await _volumes_on(self._context, image)
             if users:
                 names = ", ".join(user.label for user in users[:5])
                 raise InUseError(
@@ -214,6 +217,27 @@ class ImageOperations:
                 continue
             return task
         raise StaleError(f"others keep changing image {ref}", object=f"image {ref}")
+
+
+async def _volumes_on(context: Context, image: Image) -> builtins.list[Volume]:
+    """The volumes that need an image: some layer of theirs lies on it, or is about to."""
+    layers = {i.record.meta.id: i.record for i in (await context.store.list(Layer)).items}
+    found = []
+    for item in (await context.store.list(Volume)).items:
+        volume = item.record
+        if volume.spec.vm is not None:
+            continue  # its VM is looked at already
+        at = layers.get(volume.status.head)
+        while at is not None and at.spec.parent is not None:
+            at = layers.get(at.spec.parent)
+        if begins_as(volume, image) or (at is not None and at.spec.image == image.meta.id):
+            found.append(volume)
+    return found
+
+
+def begins_as(volume: Volume, image: Image) -> bool:
+    """Whether a volume that is not there yet is to begin as an image."""
+    return volume.spec.image == image.meta.id and not volume.status.head
 
 
 def _same_source(older: Image, newer: Image) -> bool:

@@ -5,18 +5,24 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 
 from undercroft.model.base import Model
 from undercroft.model.errors import DataCorruptError, DataError, NoSpaceError, ProgramError
 from undercroft.model.units import format_size
+from undercroft.storage.files import require_space
+from undercroft.storage.formats.empty import write_empty
 from undercroft.storage.process import run, tool
 from undercroft.storage.threads import in_thread
 
 __all__ = ["VolumeInfo", "check_volume", "create_volume", "volume_info"]
 
 _CREATE_TIMEOUT = 60.0
+_COPY_TIMEOUT = 24 * 3600.0
+_PERCENT = re.compile(rb"\(([0-9.]+)/100%\)")
 _CHECK_TIMEOUT = 3600.0
 _SLACK = 4 << 20  # bytes that an empty qcow2 file may take, with room for its directory
 
@@ -29,13 +35,20 @@ class VolumeInfo(Model, frozen=True, kw_only=True):
 
 
 async def create_volume(
-    path: Path, size: int, *, base: tuple[Path, str] | None = None, tmp: Path
+    path: Path,
+    size: int,
+    *,
+    base: tuple[Path, str] | None = None,
+    tmp: Path,
+    preallocate: bool = False,
+    progress: Callable[[float], None] | None = None,
 ) -> None:
     """Makes a volume of ``size`` bytes at ``path``; made in ``tmp`` and then moved, so that it is
     there whole or not at all.
 
     ``base`` is an image's disk and its format, which the volume overlays. Its name in the header is
-    for people only: QEMU is told the chain, and never follows the header.
+    for people only: QEMU is told the chain, and never follows the header. With ``preallocate`` the
+    file has all of its room from the beginning, and a copy of the ``base``.
 
     Raises:
         NoSpaceError: the host's disk is full.
@@ -43,17 +56,15 @@ async def create_volume(
         ProgramError: qemu-img failed.
     """
     half = tmp / f"volume-{secrets.token_hex(8)}"
-    command = [tool("qemu-img", package="qemu-utils"), "create", "-q", "-f", "qcow2"]
-    command += ["-o", "lazy_refcounts=off,extended_l2=off"]
-    if base is not None:
-        if not base[0].exists():
-            raise DataError(f"{base[0]} is gone, which a disk is to lie on", object=str(base[0]))
-        # Unopened (-u): it may be in use, and its size is of no importance here.
-        command += ["-u", "-b", str(base[0]), "-F", base[1]]
+    if base is not None and not base[0].exists():
+        raise DataError(f"{base[0]} is gone, which a disk is to lie on", object=str(base[0]))
     try:
         _check_room(tmp)
-        await run([*command, str(half), str(size)], timeout=_CREATE_TIMEOUT)
-        await in_thread(lambda _: _settle(half, path))  # cancelled: not after we are gone
+        if preallocate:
+            await _preallocate(half, size, base, progress)
+        below = (str(base[0]), base[1]) if base is not None else None
+        # Cancelled: not after we are gone.
+        await in_thread(lambda _: _settle(half, path, size, below))
     except ProgramError as error:
         if "No space left" in error.message:
             raise _full(path) from None
@@ -64,6 +75,35 @@ async def create_volume(
         raise
     finally:
         half.unlink(missing_ok=True)
+
+
+async def _preallocate(
+    half: Path,
+    size: int,
+    base: tuple[Path, str] | None,
+    progress: Callable[[float], None] | None,
+) -> None:
+    require_space("the volume", half.parent, size)
+    qemu_img = tool("qemu-img", package="qemu-utils")
+    options = "preallocation=falloc,lazy_refcounts=off,extended_l2=off"
+    command = [qemu_img, "create", "-q", "-f", "qcow2", "-o", options, str(half), str(size)]
+    await run(command, timeout=_COPY_TIMEOUT)
+    if base is not None:
+        # -n: into the file that is there, whose room stays taken where the base has nothing.
+        command = [qemu_img, "convert", "-p", "-n", "--target-is-zero", "-f", base[1]]
+        command += ["-O", "qcow2", str(base[0]), str(half)]
+        await run(command, timeout=_COPY_TIMEOUT, on_output=percentage(progress))
+
+
+def percentage(progress: Callable[[float], None] | None) -> Callable[[bytes], None]:
+    """Reads how far ``qemu-img -p`` says that it is."""
+
+    def watch(data: bytes) -> None:
+        found = _PERCENT.findall(data)
+        if found and progress is not None:
+            progress(float(found[-1]) / 100)
+
+    return watch
 
 
 def _check_room(directory: Path) -> None:
@@ -80,8 +120,10 @@ def _full(path: Path) -> NoSpaceError:
     )
 
 
-def _settle(half: Path, path: Path) -> None:
-    """Makes a finished file durable under its name."""
+def _settle(half: Path, path: Path, size: int, base: tuple[str, str] | None) -> None:
+    """Makes a file durable under its name: an empty one, unless it is there already."""
+    if not half.exists():
+        write_empty(half, size, base)
     half.chmod(0o600)
     _sync(half)
     half.rename(path)

@@ -13,6 +13,7 @@ from tests.unit.host.rig import Rig
 from tests.unit.operations.world import World
 from undercroft.host import images as images_module
 from undercroft.host import imaging, outcome
+from undercroft.host import worker as worker_module
 from undercroft.host.images import ImageWorker
 from undercroft.host.imaging import MadeImage
 from undercroft.host.outcome import TaskRun
@@ -106,7 +107,7 @@ class Workers:
 async def workers(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Workers]:
     made = Workers(rig)
     monkeypatch.setattr(images_module, "make_image", made.make)
-    monkeypatch.setattr(images_module, "RETRY_INTERVAL", 0.01)
+    monkeypatch.setattr(worker_module, "RETRY_INTERVAL", 0.01)
     made.begin()
     yield made
     await made.close()

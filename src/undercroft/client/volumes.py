@@ -1,0 +1,33 @@
+"""Volumes through the API."""
+
+from __future__ import annotations
+
+import msgspec
+
+from undercroft.client.decode import decode
+from undercroft.client.noun import Noun
+from undercroft.client.raw import Raw
+from undercroft.model.requests import VolumeCreate
+from undercroft.model.task import Task
+from undercroft.model.volume import Volume
+
+
+class VolumesClient(Noun[Volume]):
+    """Volumes, see `undercroft.operations.volumes`."""
+
+    def __init__(self, raw: Raw) -> None:
+        super().__init__(raw, "/v1/volumes", Volume)
+
+    def create(self, request: VolumeCreate) -> Task:
+        """Makes one that belongs to no VM yet."""
+        response = self._raw.request(
+            "POST",
+            self._path,
+            headers={"content-type": "application/json"},
+            body=msgspec.json.encode(request),
+        )
+        return decode(response.read(), Task)
+
+    def remove(self, ref: str) -> Task:
+        """Removes one that no VM has."""
+        return decode(self._request("DELETE", ref), Task)

@@ -1,0 +1,116 @@
+"""Makes and removes volumes that belong to no VM: a worker per volume that has work."""
+
+from __future__ import annotations
+
+import asyncio
+
+from undercroft.host.imaging import reported
+from undercroft.host.layers import (
+    collect_layers,
+    get_layer,
+    head_layer,
+    make_layer,
+    volume_status,
+)
+from undercroft.host.outcome import TaskRun, finish
+from undercroft.host.worker import Worker
+from undercroft.model.errors import UndercroftError
+from undercroft.model.event import EventLevel
+from undercroft.model.volume import Volume, VolumeState
+from undercroft.operations.context import scope
+from undercroft.storage.files import allocated
+from undercroft.store.interface import Delete, Put, Release, update
+
+
+class VolumeWorker(Worker[Volume]):
+    """Carries out the tasks of one volume, one at a time."""
+
+    kind = Volume
+
+    async def carry_out(self, record: Volume, run: TaskRun) -> None:
+        """Makes or removes the volume."""
+        if run.task.spec.verb == "volume.remove":
+            self.commit()
+            await self._gone(record, run, None, "volume.removed", f"{record.label} was removed")
+        else:
+            await self._create(record, run)
+
+    async def _create(self, volume: Volume, run: TaskRun) -> None:
+        environment = self.environment
+        head = await head_layer(environment, volume.meta.id)
+        async with reported(run) as report:
+            await make_layer(
+                environment, head, progress=lambda done: report(done, "making the disk")
+            )
+        self.commit()
+        path = environment.layer_path((await get_layer(environment, head)).meta.id)
+        taken = await asyncio.to_thread(allocated, path)
+        await finish(
+            environment,
+            Volume,
+            self.id,
+            run.id,
+            change=lambda v: volume_status(v, state=VolumeState.READY, allocated=taken),
+            result={"volume": self.id},
+            event=("volume.ready", f"{volume.label} is ready", EventLevel.INFO),
+        )
+
+    async def ended(self, record: Volume, run: TaskRun, error: UndercroftError | None) -> None:
+        """A volume that could not be made leaves nothing behind but its task and an event; one
+        that something else failed for is as it was."""
+        told = "was cancelled" if error is None else f"failed: {error.message}"
+        verb = run.task.spec.verb
+        if verb == "volume.create":
+            message = f"making {record.label} {told}"
+            await self._gone(record, run, error, "volume.failed", message, error is None)
+            return
+        await finish(
+            self.environment,
+            Volume,
+            self.id,
+            run.id,
+            change=_ready_again,
+            error=error,
+            cancelled=error is None,
+            event=(
+                f"{verb}.failed" if error else f"{verb}.cancelled",
+                f"{verb.removeprefix('volume.')} of {record.label} {told}",
+                EventLevel.ERROR if error else EventLevel.INFO,
+            ),
+        )
+
+    async def _gone(
+        self,
+        volume: Volume,
+        run: TaskRun,
+        error: UndercroftError | None,
+        event: str,
+        message: str,
+        cancelled: bool = False,
+    ) -> None:
+        """Removes what there is of it, then its record."""
+        environment = self.environment
+        self.commit()
+        await update(environment.store, Volume, self.id, lambda v: volume_status(v, head=""))
+        await collect_layers(environment)
+
+        def extra(record: Volume) -> tuple[list[Put], list[Delete], list[Release]]:
+            return [], [], [Release(scope("volume"), record.meta.name, record.meta.id)]
+
+        await finish(
+            environment,
+            Volume,
+            self.id,
+            run.id,
+            change=lambda record: None,
+            extra=extra,
+            error=error,
+            cancelled=cancelled,
+            event=(event, message, EventLevel.ERROR if error else EventLevel.INFO),
+        )
+
+
+def _ready_again(volume: Volume) -> Volume:
+    if volume.status.state is VolumeState.REMOVING and volume.status.head:
+        return volume_status(volume, state=VolumeState.READY)
+    return volume

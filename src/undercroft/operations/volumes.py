@@ -1,0 +1,232 @@
+"""Volumes that stand for themselves: making, looking, removing. Those of VMs come with them."""
+
+from __future__ import annotations
+
+import builtins
+
+import msgspec
+
+from undercroft.model.base import Meta
+from undercroft.model.errors import (
+    AlreadyExistsError,
+    BusyError,
+    InUseError,
+    InvalidError,
+    StaleError,
+    WrongStateError,
+)
+from undercroft.model.image import Image, ImageState
+from undercroft.model.names import check_labels, check_name, new_id
+from undercroft.model.requests import VolumeCreate
+from undercroft.model.snapshot import Snapshot
+from undercroft.model.task import Task
+from undercroft.model.vm import VM
+from undercroft.model.volume import Volume, VolumeSpec, VolumeState, check_volume_size
+from undercroft.operations.access import Caller
+from undercroft.operations.context import (
+    ATTEMPTS,
+    Context,
+    find,
+    new_event,
+    new_task,
+    pending,
+    scope,
+)
+from undercroft.store.interface import Check, Claim, Listing, Put, Transaction, Versioned
+
+
+class VolumeOperations:
+    """Every verb on volumes."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    async def get(self, caller: Caller, ref: str) -> Versioned[Volume]:
+        """The volume with this name or id."""
+        caller.require("volume.view")
+        return await find(self._context.store, Volume, ref)
+
+    async def list(self, caller: Caller) -> Listing[Volume]:
+        """All volumes."""
+        caller.require("volume.view")
+        return await self._context.store.list(Volume)
+
+    async def create(self, caller: Caller, request: VolumeCreate) -> Task:
+        """Writes a new volume and the task that makes it.
+
+        Raises:
+            InvalidError: the name or the size makes no sense, or is smaller than its source.
+            NotFoundError: no such source. WrongStateError: the source is not ready.
+            AlreadyExistsError: the name is taken.
+        """
+        caller.require("volume.create")
+        check_name(request.name, "volume")
+        check_labels(request.labels)
+        context = self._context
+        for _ in range(ATTEMPTS):
+            image = await _ready_image(context, request.source) if request.source else None
+            size = _size(request, image.record if image else None)
+            now = context.clock()
+            volume = Volume(
+                meta=Meta(
+                    id=new_id("volume"), name=request.name, created=now, labels=request.labels
+                ),
+                spec=VolumeSpec(
+                    size=size,
+                    image=image.record.meta.id if image else None,
+                    host=context.host,
+                    preallocated=request.preallocate,
+                ),
+            )
+            task = new_task(context, "volume.create", volume, caller.name)
+            volume = msgspec.structs.replace(volume, tasks=(task.meta.id,))
+            event = new_event(
+                now, "volume.created", volume, f"{volume.label} is being made", by=caller.name
+            )
+            checks = [Check(Image, image.record.meta.id, image.revision)] if image else []
+            try:
+                await context.store.transact(
+                    Transaction(
+                        checks=checks,
+                        claims=[Claim(scope("volume"), request.name, volume.meta.id)],
+                        puts=[Put(volume), Put(task), Put(event)],
+                    )
+                )
+            except StaleError:
+                continue
+            except AlreadyExistsError:
+                raise already_exists(request.name) from None
+            return task
+        raise StaleError(f"others keep changing image {request.source}", action="try again")
+
+    async def remove(self, caller: Caller, ref: str) -> Task:
+        """Removes a volume with what is on it. What others share with it stays.
+
+        Raises:
+            InUseError: a VM has it, or a snapshot of a VM would bring it back.
+            BusyError: something is being done with it.
+        """
+        caller.require("volume.remove")
+        store = self._context.store
+        for _ in range(ATTEMPTS):
+            found = await find(store, Volume, ref)
+            volume = found.record
+            same = await pending(store, volume, ("volume.remove",))
+            if same is not None:
+                return same
+            await self._check_unused(volume)
+            check_idle(volume)
+            task = new_task(self._context, "volume.remove", volume, caller.name)
+            status = msgspec.structs.replace(volume.status, state=VolumeState.REMOVING)
+            wanted = msgspec.structs.replace(volume, status=status, tasks=(task.meta.id,))
+            try:
+                await store.transact(
+                    Transaction(
+                        checks=[Check(Volume, volume.meta.id, found.revision)],
+                        puts=[Put(wanted), Put(task)],
+                    )
+                )
+            except StaleError:
+                continue
+            return task
+        raise StaleError(f"others keep changing volume {ref}", object=f"volume {ref}")
+
+    async def _check_unused(self, volume: Volume) -> None:
+        users = await users_of(self._context, volume)
+        if users:
+            names = ", ".join(user.label for user in users[:5])
+            names += " and others" if users[5:] else ""
+            first = users[0]
+            remedy = "detach it first"
+            if isinstance(first, VM) and volume.spec.vm == first.meta.id:
+                remedy = f"it goes with its VM: croft rm {first.meta.name}, or detach it first"
+            elif isinstance(first, Snapshot):
+                remedy = "remove the snapshot first: going back to it would need the volume"
+            raise InUseError(
+                f"{volume.label} is used by {names}",
+                object=volume.label,
+                action=remedy,
+                users=[user.meta.id for user in users],
+            )
+
+
+async def users_of(context: Context, volume: Volume) -> builtins.list[VM | Snapshot]:
+    """The VMs that have a volume, and the snapshots that need it to be gone back to."""
+    id = volume.meta.id
+    users: builtins.list[VM | Snapshot] = [
+        item.record
+        for item in (await context.store.list(VM)).items
+        if item.record.meta.id == volume.spec.vm
+        or any(disk.volume == id for disk in item.record.spec.disks)
+    ]
+    users += [
+        item.record
+        for item in (await context.store.list(Snapshot)).items
+        if any(disk.volume == id for disk in item.record.status.disks)
+    ]
+    return users
+
+
+def check_idle(volume: Volume) -> None:
+    """Does nothing if a volume is there and nothing is being done with it. Whoever takes one into
+    use checks so, in the transaction that writes it down.
+
+    Raises:
+        WrongStateError: it is just being made or removed. BusyError: a task has it.
+    """
+    if volume.status.state in (VolumeState.PENDING, VolumeState.REMOVING):
+        doing = "made" if volume.status.state is VolumeState.PENDING else "removed"
+        raise WrongStateError(
+            f"{volume.label} is just being {doing}",
+            object=volume.label,
+            action="wait for it: croft task ls",
+            state=volume.status.state,
+        )
+    if volume.tasks:
+        raise BusyError(
+            f"something is being done with {volume.label}",
+            object=volume.label,
+            action="wait for it: croft task ls",
+            tasks=volume.tasks,
+        )
+
+
+def already_exists(name: str) -> AlreadyExistsError:
+    """The error for a name that another volume has."""
+    return AlreadyExistsError(
+        f"volume {name} already exists",
+        object=f"volume {name}",
+        action=f"choose another name, or: croft volume rm {name}",
+    )
+
+
+async def _ready_image(context: Context, ref: str) -> Versioned[Image]:
+    found = await find(context.store, Image, ref)
+    image = found.record
+    if image.status.state is not ImageState.READY or image.status.content is None:
+        raise WrongStateError(
+            f"{image.label} is {image.status.state}, not ready",
+            object=image.label,
+            action="wait for it: croft task ls",
+            state=image.status.state,
+        )
+    if image.status.content.disk is None:
+        raise InvalidError(
+            f"{image.label} has no disk, so no volume can begin as it", object=image.label
+        )
+    return found
+
+
+def _size(request: VolumeCreate, image: Image | None) -> int:
+    content = image.status.content if image is not None else None
+    base = content.virtual_size if content is not None else 0
+    if request.size is None and base == 0:
+        raise InvalidError("how large is the volume to be?", action="give a size: --size 20G")
+    size = check_volume_size(request.size if request.size is not None else base)
+    if size < base:
+        raise InvalidError(
+            f"a volume of {size} bytes is smaller than the image's {base}",
+            object=image.label if image else None,
+            action="leave the size out, or choose a larger one",
+        )
+    return size

@@ -1,0 +1,133 @@
+"""Volumes that belong to no VM."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from tests.unit.operations.world import World
+from undercroft.model.base import Meta
+from undercroft.model.errors import (
+    AlreadyExistsError,
+    BusyError,
+    ForbiddenError,
+    InUseError,
+    InvalidError,
+    NotFoundError,
+    WrongStateError,
+)
+from undercroft.model.names import new_id
+from undercroft.model.requests import VolumeCreate
+from undercroft.model.snapshot import Snapshot, SnapshotDisk, SnapshotSpec, SnapshotStatus
+from undercroft.model.task import Task
+from undercroft.model.units import GiB
+from undercroft.model.volume import Volume, VolumeState
+from undercroft.operations.access import SYSTEM, VIEW, Caller
+from undercroft.operations.context import find
+from undercroft.operations.volumes import check_idle
+from undercroft.store.interface import Put, Transaction, update
+
+
+async def made(world: World, name: str, **values: object) -> Volume:
+    """A volume that the host has made."""
+    request = msgspec.convert({"name": name, "size": GiB, **values}, VolumeCreate)
+    await world.operations.volumes.create(SYSTEM, request)
+    id = (await find(world.store, Volume, name)).record.meta.id
+
+    def ready(volume: Volume) -> Volume:
+        status = msgspec.structs.replace(volume.status, state=VolumeState.READY, head="layer-x")
+        return msgspec.structs.replace(volume, status=status, tasks=())
+
+    done = await update(world.store, Volume, id, ready)
+    assert done is not None
+    return done.record
+
+
+async def test_a_volume_belongs_to_nobody(world: World) -> None:
+    task = await world.operations.volumes.create(SYSTEM, VolumeCreate(name="data", size=GiB))
+    volume = (await find(world.store, Volume, "data")).record
+    assert (volume.spec.vm, volume.spec.size, volume.tasks) == (None, GiB, (task.meta.id,))
+    assert volume.status.state is VolumeState.PENDING
+    with pytest.raises(AlreadyExistsError):
+        await world.operations.volumes.create(SYSTEM, VolumeCreate(name="data", size=GiB))
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        VolumeCreate(name="data"),
+        VolumeCreate(name="data", size=0),
+        VolumeCreate(name="data", size=1000),
+        VolumeCreate(name="Data", size=GiB),
+        VolumeCreate(name="data", size=GiB, labels={"": "x"}),
+    ],
+)
+async def test_what_makes_no_sense_is_refused(world: World, request_: VolumeCreate) -> None:
+    with pytest.raises(InvalidError):
+        await world.operations.volumes.create(SYSTEM, request_)
+    assert not await world.all(Volume)
+    assert not await world.all(Task)
+
+
+async def test_one_that_begins_as_an_image_is_as_large(world: World) -> None:
+    image = await world.image("debian:12")
+    content = image.status.content
+    assert content is not None
+    volume = await made(world, "root", size=None, source="debian:12")
+    assert (volume.spec.size, volume.spec.image) == (content.virtual_size, image.meta.id)
+    with pytest.raises(InvalidError):
+        await made(world, "small", size=512, source="debian:12")
+    with pytest.raises(NotFoundError):
+        await made(world, "other", source="nothing")
+
+
+async def test_an_image_that_a_volume_is_to_begin_as_stays(world: World) -> None:
+    await world.image("debian:12")
+    await world.operations.volumes.create(SYSTEM, VolumeCreate(name="root", source="debian:12"))
+    with pytest.raises(InUseError, match="volume root"):
+        await world.operations.images.remove(SYSTEM, "debian:12")
+
+
+async def test_removal_is_asked_for_once(world: World) -> None:
+    await made(world, "data")
+    first = await world.operations.volumes.remove(SYSTEM, "data")
+    assert await world.operations.volumes.remove(SYSTEM, "data") == first
+    volume = (await find(world.store, Volume, "data")).record
+    assert volume.status.state is VolumeState.REMOVING
+
+
+async def test_one_that_is_needed_stays(world: World) -> None:
+    vm = await world.created("web1", disk=GiB)
+    with pytest.raises(InUseError, match="web1"):
+        await world.operations.volumes.remove(SYSTEM, "web1-boot")
+    volume = await made(world, "data")
+    snapshot = Snapshot(
+        meta=Meta(id=new_id("snapshot"), name="before", created=0.0),
+        spec=SnapshotSpec(vm=vm.meta.id),
+        status=SnapshotStatus(
+            disks=(SnapshotDisk(volume=volume.meta.id, layer="layer-a", next="layer-b"),)
+        ),
+    )
+    await world.store.transact(Transaction(puts=[Put(snapshot)]))
+    with pytest.raises(InUseError, match="snapshot before"):
+        await world.operations.volumes.remove(SYSTEM, "data")
+
+
+async def test_one_that_something_is_done_with_is_left_alone(world: World) -> None:
+    await world.operations.volumes.create(SYSTEM, VolumeCreate(name="data", size=GiB))
+    with pytest.raises(WrongStateError):
+        await world.operations.volumes.remove(SYSTEM, "data")
+    volume = await made(world, "other")
+    check_idle(volume)
+    with pytest.raises(BusyError):
+        check_idle(msgspec.structs.replace(volume, tasks=("task-1",)))
+
+
+async def test_who_may_only_look_makes_and_removes_none(world: World) -> None:
+    await made(world, "data")
+    viewer = Caller("viewer", VIEW)
+    assert (await world.operations.volumes.get(viewer, "data")).record.meta.name == "data"
+    with pytest.raises(ForbiddenError):
+        await world.operations.volumes.create(viewer, VolumeCreate(name="x", size=GiB))
+    with pytest.raises(ForbiddenError):
+        await world.operations.volumes.remove(viewer, "data")
