@@ -45,9 +45,8 @@ def vm_detail(croft: Croft, vm: Any) -> str:
     pairs += _network(croft, vm)
     pairs += _guest(vm)
     if shares := dig(vm, "status.shares"):
-        pairs.append(
-            ("shares", f"{', '.join(map(style.clean, shares))}, with what it was cloned from")
-        )
+        texts = ", ".join(map(style.clean, shares))
+        pairs.append(("shares", f"{texts}, with what it was cloned from"))
     pairs.append(("restart", str(dig(vm, "spec.restart", ""))))
     if restarts := dig(vm, "status.restarts"):
         pairs.append(("", f"{restarts} times since it was last started by hand"))

@@ -8,19 +8,22 @@ disks as they were when its source was frozen.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
 from undercroft.host.actor import VMActor
 from undercroft.host.environment import Environment
+from undercroft.host.identity import Steps, plan_steps, read_facts
+from undercroft.host.individuality import host_keys
 from undercroft.host.layers import make_layer, new_layer, volume_status
 from undercroft.host.merging import flatten
 from undercroft.host.outcome import TaskRun
 from undercroft.host.planning import generation_id, make_seed, plan_disks, plan_ports, vm_uuid
 from undercroft.host.snapshot_files import copy_besides
 from undercroft.host.templates import wait_for
-from undercroft.hypervisor.fork import fork_plan
+from undercroft.hypervisor.fork import fork_plan, without_forwards
 from undercroft.hypervisor.machine import QemuMachine
 from undercroft.model.errors import DataError
 from undercroft.model.requests import CloneMode
@@ -88,8 +91,12 @@ async def _begin_on(
     await make_layer(environment, head, pattern)
 
 
-async def fork(actor: VMActor, vm: VM, template: Template) -> QemuMachine:
-    """Lets a clone go on from what its template has in memory, cut off from its networks.
+async def fork(
+    actor: VMActor, vm: VM, template: Template, macs: Mapping[str, str]
+) -> tuple[QemuMachine, Steps | None]:
+    """Lets a clone go on from what its template has in memory; nothing leads into it yet.
+    ``macs``: its adapters' addresses until now, and the new ones. What the guest's helper was told
+    to do first is returned, too, if one waits in it.
 
     Raises:
         UndercroftError: it did not work; nothing runs.
@@ -108,7 +115,7 @@ async def fork(actor: VMActor, vm: VM, template: Template) -> QemuMachine:
         run_directory=str(environment.run_directory(vm.meta.id)),
         disks=disks,
         seed=str(seed) if seed is not None else plan.seed,
-        ports=plan_ports(vm),
+        ports=without_forwards(plan_ports(vm)),
         vmgenid=generation_id(vm.meta.id) if plan.vmgenid is not None else None,
         uid=vm.status.uid,
         gid=vm.status.uid,
@@ -116,4 +123,21 @@ async def fork(actor: VMActor, vm: VM, template: Template) -> QemuMachine:
     )
     emulator = await environment.emulator(vm.spec.arch)
     async with environment.start_slots:
-        return await QemuMachine.start(plan, emulator, on_event=actor.on_event)
+        machine = await QemuMachine.start(plan, emulator, on_event=actor.on_event, hold=True)
+        try:
+            steps = await asyncio.to_thread(_steps, environment, vm, template, macs)
+            await machine.go(steps.batch if steps is not None else None)
+        except BaseException:
+            await asyncio.shield(machine.kill())
+            raise
+        return machine, steps
+
+
+def _steps(
+    environment: Environment, vm: VM, template: Template, macs: Mapping[str, str]
+) -> Steps | None:
+    facts = read_facts(environment.template_directory(template.meta.id))
+    if facts is None:
+        return None
+    keys = host_keys(vm.meta.name) if facts.keys else {}
+    return plan_steps(vm, facts, macs, keys, environment.clock())

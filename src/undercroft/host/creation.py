@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from functools import partial
 
 from undercroft.host import power
@@ -11,10 +10,13 @@ from undercroft.host.actor import Outcome, VMActor
 from undercroft.host.cloning import fork, make_clone
 from undercroft.host.environment import UID_BASE, Environment
 from undercroft.host.files import remove_tree
+from undercroft.host.identity import see_to_the_rest
 from undercroft.host.individuality import individual, make_individual
 from undercroft.host.layers import collect_layers, head_layer, make_layer, volume_status
 from undercroft.host.outcome import TaskRun, change_status, write
+from undercroft.host.planning import plan_ports
 from undercroft.host.templates import collect_templates
+from undercroft.hypervisor.machine import RunState
 from undercroft.model.errors import QmpError, TimeLimitError
 from undercroft.model.requests import CloneMode
 from undercroft.model.snapshot import Snapshot
@@ -63,12 +65,19 @@ async def _clone(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
     outcome = Outcome(
         lambda record: record, event="vm.cloned", message=f"{vm.label} was cloned from {source}"
     )
+    macs = {str(old): str(new) for old, new in run.arguments.get("macs", {}).items()}
+    steps = None
     if vm.status.state is VMState.CREATING:
+        if actor.machine is not None and actor.machine.run_state is not RunState.RUNNING:
+            await actor.machine.kill()  # a daemon died before it had it go on: begun anew
+            await actor.exited(None)
+            actor.release()
         if actor.machine is None:
             await run.progress(None, "making the disks")
             template = await make_clone(actor, vm, run)
             if instant:
-                actor.take(await fork(actor, vm, template), quietly=True)
+                forked, steps = await fork(actor, vm, template, macs)
+                actor.take(forked, quietly=True)
         machine = actor.machine
         values = (
             {"state": VMState.STOPPED}
@@ -87,13 +96,16 @@ async def _clone(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
         vm = made or vm
     if instant and actor.machine is not None:
         run.committed = True
-        shares = await make_individual(
-            actor.machine, vm, forked=True, old_macs=run.arguments.get("macs")
-        )
-        with contextlib.suppress(QmpError, TimeLimitError):  # it may just have ended
-            await actor.machine.plug(True)
+        shares = await make_individual(actor.machine, vm, forked=True, old_macs=macs, steps=steps)
+        message = None
+        try:
+            await actor.machine.publish(plan_ports(vm))
+        except (QmpError, TimeLimitError) as error:  # it goes on without
+            message = error.message
         actor.look()
-        outcome.change = lambda record: individual(record, shares)
+        if steps is not None:
+            actor.in_background(see_to_the_rest(actor.machine, steps.facts))
+        outcome.change = lambda record: change_status(individual(record, shares), message=message)
         outcome.result["pid"] = actor.machine.instance.pid
     elif not instant and run.arguments.get("start") and vm.spec.power is Power.RUNNING:
         started = await power.start(actor, vm, run)

@@ -10,6 +10,7 @@ import asyncio
 import base64
 import secrets
 import shlex
+import time
 import uuid
 from collections.abc import Mapping
 
@@ -22,15 +23,17 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
+from undercroft.host.identity import Steps
 from undercroft.host.outcome import change_status
 from undercroft.hypervisor.machine import QemuMachine
 from undercroft.model.errors import UndercroftError
 from undercroft.model.vm import VM, Identity
 
-__all__ = ["ALL_SHARED", "individual", "make_individual"]
+__all__ = ["ALL_SHARED", "host_keys", "individual", "make_individual"]
 
 log = structlog.get_logger(__name__)
 
+HELPER_PATIENCE = 10.0  # seconds for the helper in the guest, which needs thousandths
 PATIENCE = 60.0  # seconds for the guest to do all of it
 ALL_SHARED = ("hostname", "machine-id", "SSH host keys", "boot id", "MAC address")
 
@@ -61,9 +64,9 @@ if [ -f /etc/hosts ] && [ "$old" != "$name" ]; then
 fi
 echo "$boot" > /run/undercroft-boot-id &&
   mount --bind /run/undercroft-boot-id /proc/sys/kernel/random/boot_id || left "boot id"
+date -u -s "@$now" > /dev/null
 echo "$seed" > /dev/urandom
-if [ -x /sbin/reseed ]; then /sbin/reseed
-elif [ -x /usr/bin/perl ]; then
+if [ -x /usr/bin/perl ]; then
   perl -e 'open(F, ">", "/dev/urandom") && ioctl(F, 0x5207, 0) || exit 1'
 else
   python3 -c 'import fcntl; fcntl.ioctl(open("/dev/urandom", "w"), 0x5207)'
@@ -103,13 +106,28 @@ fi
 
 
 async def make_individual(
-    machine: QemuMachine, vm: VM, *, forked: bool, old_macs: Mapping[str, str] | None = None
+    machine: QemuMachine,
+    vm: VM,
+    *,
+    forked: bool,
+    old_macs: Mapping[str, str] | None = None,
+    steps: Steps | None = None,
 ) -> tuple[str, ...]:
     """Gives a clone an identity of its own; what it still shares with its source.
 
     ``forked``: it goes on from what its source had in memory, else it has booted since.
     ``old_macs``: MAC addresses of the source's adapters, and what they are to become.
+    ``steps`` were sent to the helper in the guest; only where there is none, or it does not answer,
+    the agent runs a script.
     """
+    helper = machine.helper
+    if helper is not None and steps is not None:
+        try:
+            return steps.shares(await helper.receive(steps.batch, HELPER_PATIENCE))
+        except UndercroftError as error:
+            log.warning("the helper does nothing", vm=vm.meta.name, error=error.message)
+        finally:
+            machine.close_helper()
     agent = machine.agent
     if agent is None or agent.channel.present is False:
         return ALL_SHARED
@@ -141,7 +159,8 @@ def _script(vm: VM, forked: bool, macs: Mapping[str, str]) -> str:
             "boot": str(uuid.uuid4()),
             "seed": base64.b64encode(secrets.token_bytes(48)).decode(),
             "instance": vm.meta.id,
-            **_host_keys(vm.meta.name),
+            "now": str(int(time.time())),
+            **host_keys(vm.meta.name),
         }
     lines = [f"{name}={shlex.quote(value)}" for name, value in values.items()]
     cases = "".join(f"{old.lower()}) new={new} ;; " for old, new in macs.items())
@@ -149,8 +168,9 @@ def _script(vm: VM, forked: bool, macs: Mapping[str, str]) -> str:
     return "\n".join([*lines, _BOTH, _FORKED if forked else "", "exit 0", ""])
 
 
-def _host_keys(name: str) -> dict[str, str]:
-    """New SSH host keys, made here: a guest under emulation takes seconds."""
+def host_keys(name: str) -> dict[str, str]:
+    """New SSH host keys (``key_TYPE``, ``public_TYPE``), made here: a guest under emulation takes
+    seconds."""
     keys: dict[str, str] = {}
     for type, key in (
         ("ed25519", ed25519.Ed25519PrivateKey.generate()),

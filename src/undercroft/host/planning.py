@@ -7,6 +7,7 @@ from pathlib import Path
 
 from undercroft.host.environment import Environment
 from undercroft.host.layers import plan_layers
+from undercroft.hypervisor.helper import HELPER_ARCHITECTURES
 from undercroft.hypervisor.plan import (
     MachinePlan,
     PlanDisk,
@@ -80,6 +81,7 @@ async def make_plan(environment: Environment, vm: VM, seed: Path | None) -> Mach
         ports=plan_ports(vm),
         display=spec.display,
         agent=True,
+        helper=spec.arch in HELPER_ARCHITECTURES,
         vmgenid=generation_id(vm.meta.id),
         uid=vm.status.uid,
         gid=vm.status.uid,

@@ -15,11 +15,13 @@ import structlog
 
 from undercroft.host.actor import Outcome, VMActor
 from undercroft.host.environment import Environment
+from undercroft.host.identity import prepare, write_facts
 from undercroft.host.layers import collect_layers
 from undercroft.host.outcome import TaskRun, change_status
 from undercroft.host.snapshot_files import copy_besides
 from undercroft.host.snapshots import forget, taken
 from undercroft.hypervisor.fork import freeze, frozen, frozen_size
+from undercroft.hypervisor.machine import RunState
 from undercroft.model.errors import DataError, UndercroftError, UnsupportedError
 from undercroft.model.snapshot import Snapshot
 from undercroft.model.task import Task
@@ -81,9 +83,9 @@ async def _made(actor: VMActor, vm: VM, run: TaskRun, template: Template) -> Tem
         )
     agent = actor.machine is not None and actor.machine.agent is not None
     agent = agent and bool(actor.machine and actor.machine.agent.channel.present)  # type: ignore[union-attr]
-    snapshot = await taken(actor, vm, run)
-    disks = await _disks(environment, vm, snapshot)
     directory = environment.template_directory(template.meta.id)
+    snapshot = await _snapshot(actor, vm, run, template, directory)
+    disks = await _disks(environment, vm, snapshot)
     source = environment.snapshot_directory(snapshot)
     await in_thread(lambda _: copy_besides(source, directory))
     if template.spec.memory and not frozen(directory / "memory"):
@@ -109,6 +111,22 @@ async def _made(actor: VMActor, vm: VM, run: TaskRun, template: Template) -> Tem
     await environment.store.transact(Transaction(puts=[Put(ready)]))
     await forget(environment, snapshot)
     return ready
+
+
+async def _snapshot(
+    actor: VMActor, vm: VM, run: TaskRun, template: Template, directory: Path
+) -> Snapshot:
+    """Takes the snapshot; if it has memory, with a helper in it for those that go on from there."""
+    machine = actor.machine
+    if not template.spec.memory or machine is None or machine.run_state is not RunState.RUNNING:
+        return await taken(actor, vm, run)
+    await run.progress(None, "preparing the guest")
+    facts = await prepare(machine)
+    await in_thread(lambda _: write_facts(directory, facts))
+    try:
+        return await taken(actor, vm, run)
+    finally:
+        machine.close_helper()
 
 
 async def _disks(environment: Environment, vm: VM, snapshot: Snapshot) -> tuple[TemplateDisk, ...]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from undercroft.hypervisor.board import add_board, check_plan
-from undercroft.hypervisor.devices.agent import AgentChannel
+from undercroft.hypervisor.devices.agent import AgentChannel, HelperChannel
 from undercroft.hypervisor.devices.base import Device, disk_slot
 from undercroft.hypervisor.devices.disk import (
     NvmeDisk,
@@ -118,6 +118,8 @@ def _devices(plan: MachinePlan) -> Iterator[Device]:
         yield Balloon()
     if plan.agent:
         yield AgentChannel()
+        if plan.helper:
+            yield HelperChannel(plan.incoming is not None)
     if plan.pvpanic:
         yield PanicNotifier()
     if plan.vmgenid is not None and plan.machine is Machine.Q35:

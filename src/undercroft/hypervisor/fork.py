@@ -19,10 +19,10 @@ import msgspec
 
 from undercroft.hypervisor.emulator import Emulator
 from undercroft.hypervisor.machine import QemuMachine
-from undercroft.hypervisor.plan import DiskFormat, MachinePlan, PlanDisk
+from undercroft.hypervisor.plan import DiskFormat, MachinePlan, PlanDisk, PlanPort
 from undercroft.hypervisor.suspend import link_state, suspended_plan
 
-__all__ = ["fork_plan", "freeze", "frozen", "frozen_size"]
+__all__ = ["fork_plan", "freeze", "frozen", "frozen_size", "without_forwards"]
 
 _MEMORY, _DEVICES = "ram", "devices"
 _SEED_SIZE = 1 << 20
@@ -68,7 +68,7 @@ async def freeze(
             run_directory=str(work / "run"),
             disks=tuple(_stand_in(disk, work, index) for index, disk in enumerate(plan.disks)),
             seed=str(work / "seed") if plan.seed is not None else None,
-            ports=tuple(msgspec.structs.replace(port, forwards=()) for port in plan.ports),
+            ports=without_forwards(plan.ports),
             incoming=str(state),
             memory_file=str(directory / _MEMORY),
             memory_shared=True,
@@ -136,3 +136,8 @@ def fork_plan(directory: Path, /, **changes: Any) -> MachinePlan:
         incoming=str(directory / _DEVICES),
         **changes,
     )
+
+
+def without_forwards(ports: tuple[PlanPort, ...]) -> tuple[PlanPort, ...]:
+    """Network adapters that nothing leads to from outside."""
+    return tuple(msgspec.structs.replace(port, forwards=()) for port in ports)

@@ -130,9 +130,10 @@ class GuestAgent:
         input: bytes | None = None,
         env: Mapping[str, str] | None = None,
         timeout: float = 60.0,
+        poll: float = _POLL_FIRST,
     ) -> ExecResult:
         """Runs a program and waits for its end. What runs longer than ``timeout`` seconds is
-        killed, as far as the guest lets us."""
+        killed, as far as the guest lets us. ``poll``: seconds between two looks at first."""
         if not argv or any("\0" in text for text in argv):
             raise GuestAgentError("a command needs a name, and no argument may hold a zero byte")
         arguments: dict[str, Any] = {
@@ -147,7 +148,7 @@ class GuestAgent:
         started = await self._call("guest-exec", arguments, _Started)
         try:
             async with asyncio.timeout(timeout):
-                status = await self._wait(started.pid)
+                status = await self._wait(started.pid, poll)
         except TimeoutError as error:
             await self._kill(started.pid)
             raise TimeLimitError(
@@ -165,7 +166,7 @@ class GuestAgent:
             truncated=status.out_cut or status.err_cut,
         )
 
-    async def _wait(self, pid: int) -> _Status:
+    async def _wait(self, pid: int, poll: float) -> _Status:
         began = time.monotonic()
         while True:
             status = await self._call(
@@ -174,7 +175,7 @@ class GuestAgent:
             if status.exited:
                 return status
             taken = time.monotonic() - began
-            await asyncio.sleep(min(max(taken * _POLL_SHARE, _POLL_FIRST), _POLL_MOST))
+            await asyncio.sleep(min(max(taken * _POLL_SHARE, poll), _POLL_MOST))
 
     async def _kill(self, pid: int) -> None:
         arguments = {"path": "kill", "arg": ["-KILL", str(pid)]}

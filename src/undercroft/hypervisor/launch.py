@@ -29,6 +29,7 @@ __all__ = ["Launch", "clean_run_directory", "launch", "open_output", "read_plan"
 PLAN_FILE = "plan.json"
 OUTPUT_FIFO = "output"
 _CONNECT_EARLY = ("qmp", "serial")
+_CONNECT_EARLY_INCOMING = (*_CONNECT_EARLY, "helper")
 
 
 @dataclass
@@ -62,6 +63,7 @@ def launch(plan: MachinePlan, line: CommandLine, firmware: FirmwareFiles | None)
             with contextlib.ExitStack() as kept:
                 kept.callback(os.close, ours)
                 numbers: dict[str, int] = {}
+                early = _CONNECT_EARLY_INCOMING if plan.incoming else _CONNECT_EARLY
                 connections: dict[str, socket.socket] = {}
                 helpers: list[Process] = []
                 for handle in line.handles:
@@ -72,7 +74,7 @@ def launch(plan: MachinePlan, line: CommandLine, firmware: FirmwareFiles | None)
                         numbers[handle.name] = stack.enter_context(channel).fileno()
                         continue
                     numbers[handle.name] = _open(handle, stack)
-                    if handle.name in _CONNECT_EARLY:
+                    if handle.name in early:
                         connection = sockets.connect(Path(handle.path))
                         kept.callback(connection.close)
                         connections[handle.name] = connection

@@ -22,6 +22,7 @@ from undercroft.hypervisor.commandline import command_line, needs_tsc
 from undercroft.hypervisor.emulator import Emulator
 from undercroft.hypervisor.firmware import find_firmware
 from undercroft.hypervisor.guestagent import GuestAgent
+from undercroft.hypervisor.helper import Batch, GuestHelper
 from undercroft.hypervisor.hosttsc import measure_tsc_khz
 from undercroft.hypervisor.launch import (
     Launch,
@@ -34,8 +35,9 @@ from undercroft.hypervisor.launch import (
 from undercroft.hypervisor.measure import measure
 from undercroft.hypervisor.merge import absorb
 from undercroft.hypervisor.output import OutputLog
-from undercroft.hypervisor.plan import DiskLayer, MachinePlan, PlanDisk
+from undercroft.hypervisor.plan import DiskLayer, MachinePlan, PlanDisk, PlanPort
 from undercroft.hypervisor.process import Process, boot_id
+from undercroft.hypervisor.publish import publish
 from undercroft.hypervisor.screen import open_vnc, take_screenshot
 from undercroft.hypervisor.session import END_TIMEOUT, MachineSession
 from undercroft.hypervisor.state import (
@@ -138,6 +140,8 @@ class QemuMachine(MachineSession):
         self.console = self._open_console(launched.connections["serial"], fresh=True)
         self._watcher = asyncio.create_task(self._watch())
         await self._connect(launched.connections["qmp"], _START_TIMEOUT)
+        if (helper := launched.connections.get("helper")) is not None:
+            self.helper = GuestHelper(f"vm {self.name}", helper)
         if self.plan.incoming is not None:
             state = Path(self.plan.incoming)
             await load_state(self._monitor, state, apart=self.forked)
@@ -147,16 +151,24 @@ class QemuMachine(MachineSession):
                     await asyncio.shield(going)
                 except asyncio.CancelledError:
                     await going  # too late: the state is only in this QEMU now
+                self.close_helper()
         await self._learn_state()
 
     async def _let_go(self, state: Path) -> None:
         """Lets a loaded guest go on. It will change its disks, so its state must be gone for good
-        before: to load it once more, after whatever crash, would destroy what is on them. (What
-        others are forked from as well stays: each has disks of its own.)"""
-        if self.forked:
-            await self.plug(False)
-        else:
-            await asyncio.to_thread(discard_state, state)
+        before: to load it once more, after whatever crash, would destroy what is on them."""
+        await asyncio.to_thread(discard_state, state)
+        await self._monitor.execute("cont")
+
+    async def go(self, batch: Batch | None = None) -> None:
+        """Lets a fork go on that was held, and its helper do ``batch`` before all else.
+
+        Raises:
+            QmpError, TimeLimitError: QEMU ended.
+        """
+        if self.helper is not None and batch is not None:
+            with contextlib.suppress(GuestAgentError):  # who waits for the answer will see
+                await self.helper.send(batch)
         await self._monitor.execute("cont")
 
     @classmethod
@@ -210,11 +222,15 @@ class QemuMachine(MachineSession):
 
     # What can be done
 
-    async def plug(self, connected: bool) -> None:
-        """Plugs the cables of all network adapters in, or pulls them out."""
-        for index in range(len(self.plan.ports)):
-            arguments = {"name": f"net{index}-dev", "up": connected}
-            await self._monitor.execute("set_link", arguments)
+    async def publish(self, ports: tuple[PlanPort, ...]) -> None:
+        """Forwards the ports of the host that ``ports`` have, in place of those of before.
+
+        Raises:
+            QmpError, TimeLimitError: one cannot be had.
+        """
+        await publish(self._monitor, self.plan.ports, ports)
+        self.plan = msgspec.structs.replace(self.plan, ports=ports)
+        await asyncio.to_thread(write_plan, self.plan)
 
     @needs(RunState.RUNNING)
     async def pause(self) -> None:

@@ -112,6 +112,9 @@ class MachinePlan(Model, frozen=True, kw_only=True):
     ``run_directory`` (DATA/run/vms/ID) the sockets. ``uid``/``gid``: whom QEMU runs as; None: as
     the caller. ``incoming`` is a state file written by `QemuMachine.suspend`.
 
+    ``helper``: it has a port for the helper that its clones are changed by
+    (`undercroft.hypervisor.helper`).
+
     ``memory_file`` is a file that the guest's memory is mapped from, as large as that: privately,
     so that what the guest changes is its own, or ``memory_shared``, so that the file has it.
     A state that goes with such a file has no memory in it.
@@ -140,6 +143,7 @@ class MachinePlan(Model, frozen=True, kw_only=True):
     ports: tuple[PlanPort, ...] = ()
     display: Display = Display.NONE
     agent: bool = True
+    helper: bool = False
     rng: bool = True
     balloon: bool = True
     pvpanic: bool = True

@@ -17,6 +17,7 @@ from typing import Any
 
 from undercroft.hypervisor.console import ConsolePump
 from undercroft.hypervisor.guestagent import GuestAgent
+from undercroft.hypervisor.helper import GuestHelper
 from undercroft.hypervisor.launch import clean_run_directory
 from undercroft.hypervisor.output import OutputLog
 from undercroft.hypervisor.plan import MachinePlan
@@ -43,7 +44,7 @@ class MachineSession:
     """What `QemuMachine` stands on.
 
     ``plan`` is as it was really started (``machine_version`` filled in); ``agent`` is None if the
-    plan has no agent channel.
+    plan has no agent channel; ``helper`` while its port is open.
     """
 
     plan: MachinePlan
@@ -51,6 +52,7 @@ class MachineSession:
     run_state: RunState
     console: ConsolePump
     agent: GuestAgent | None
+    helper: GuestHelper | None
 
     def __init__(
         self,
@@ -63,6 +65,7 @@ class MachineSession:
         self.plan = plan
         self.run_state = RunState.INCOMING if plan.incoming else RunState.RUNNING
         self.agent = GuestAgent(self.name, self._run / "agent.sock") if plan.agent else None
+        self.helper = None
         self._process = process
         self._helpers = helpers
         self._output = output
@@ -83,6 +86,21 @@ class MachineSession:
     @property
     def _run(self) -> Path:
         return Path(self.plan.run_directory)
+
+    def open_helper(self) -> None:
+        """Opens the port of the guest's helper.
+
+        Raises:
+            OSError: it has none, or somebody else has it.
+        """
+        if self.helper is None:
+            self.helper = GuestHelper.connect(f"vm {self.name}", self._run)
+
+    def close_helper(self) -> None:
+        """Closes it: a helper that waits in the guest ends."""
+        if self.helper is not None:
+            self.helper.close()
+            self.helper = None
 
     async def _connect(self, connection: socket.socket, timeout: float) -> None:
         """Opens the monitor's session; gives up as soon as QEMU ends.
@@ -163,7 +181,7 @@ class MachineSession:
                 )
             case "RESET" if data.get("guest"):
                 self._emit("reset")
-            case "VSERPORT_CHANGE":
+            case "VSERPORT_CHANGE" if data.get("id") == "agent-port":
                 self._see_agent(bool(data.get("open")))
             case _:
                 pass
@@ -205,6 +223,7 @@ class MachineSession:
         await self.console.finish()
         if self.agent is not None:
             await self.agent.close()
+        self.close_helper()
         await self._end_helpers()
         await asyncio.to_thread(clean_run_directory, self._run)
         self._report = self._make_report(status)
@@ -273,6 +292,7 @@ class MachineSession:
         if self.agent is not None:
             await self.agent.close()
         self._output.close()
+        self.close_helper()
         for process in (self._process, *self._helpers):
             process.detach()
 

@@ -70,6 +70,7 @@ async def test_a_whole_plan(rig: Rig) -> None:
             memory=GiB,
             seed="/seed.iso",
             display=vm.spec.display,
+            helper=True,
             vmgenid=generation_id(vm.meta.id),
             generation=1,
             disks=plan.disks,

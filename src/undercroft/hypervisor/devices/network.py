@@ -10,7 +10,7 @@ from undercroft.hypervisor.line import Line, escape
 from undercroft.hypervisor.plan import PlanForward, PlanPort
 from undercroft.model.vm import NicModel, PortMode
 
-__all__ = ["NetworkAdapter", "UserNetwork"]
+__all__ = ["NetworkAdapter", "UserNetwork", "forward_rule"]
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,12 @@ class UserNetwork:
             parts.append("restrict=on")
         if self.port.hostname:
             parts.append(f"hostname={escape(self.port.hostname)}")
-        parts += [f"hostfwd={escape(_forward(forward))}" for forward in self.port.forwards]
+        parts += [f"hostfwd={escape(forward_rule(forward))}" for forward in self.port.forwards]
         line.add("-netdev", ",".join(parts))
 
 
-def _forward(forward: PlanForward) -> str:
+def forward_rule(forward: PlanForward) -> str:
+    """A forwarded port as QEMU writes it: ``tcp:127.0.0.1:8080-:80``."""
     address = ipaddress.ip_address(forward.host_address)
     host = f"[{address}]" if address.version == 6 else str(address)
     return f"{forward.protocol.value}:{host}:{forward.host_port}-:{forward.guest_port}"

@@ -19,7 +19,6 @@ from undercroft.storage.build.cpio import CpioWriter
 from undercroft.storage.build.elf import ElfError, needed
 from undercroft.storage.build.initrd import add_busybox, find_busybox
 from undercroft.storage.build.kernel import KernelModule, find_kernel, select_modules
-from undercroft.storage.build.reseed import RESEED
 from undercroft.storage.build.vmlinux import write_kernel
 from undercroft.storage.process import Progress, no_progress, run, share_of
 
@@ -131,7 +130,6 @@ def _add_base(archive: CpioWriter) -> None:
     archive.file("init", _text("init"), 0o755)
     for name in ("rest", "agent", "udhcpc.script"):
         archive.file(f"etc/{name}", _text(name), 0o755)
-    archive.file("sbin/reseed", RESEED, 0o755)
     archive.file("sbin/shutdown", _text("shutdown"), 0o755)
     archive.file("etc/acpi/PWRF/00000080", b"#!/bin/sh\nexec /sbin/shutdown -P\n", 0o755)
     for name in ("inittab", "profile", "os-release"):
