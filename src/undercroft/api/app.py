@@ -25,7 +25,7 @@ from undercroft.api.system import health, metrics, version
 from undercroft.api.tasks import TaskController
 from undercroft.api.templates import TemplateController
 from undercroft.api.vms import VMController
-from undercroft.api.volumes import VolumeController
+from undercroft.api.volumes import VolumeController, layers
 from undercroft.model.errors import InvalidError
 from undercroft.operations.core import Operations
 
@@ -55,6 +55,7 @@ ROUTES: list[ControllerRouterHandler] = [
     vnc_page,
     ImageController,
     VolumeController,
+    layers,
     TaskController,
     EventController,
     HostController,

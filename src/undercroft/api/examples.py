@@ -26,6 +26,8 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "cloneTemplate": {"count": 10},
     "execInVM": {"argv": ["uname", "-a"], "timeout": 10.0},
     "createVolume": {"name": "data1", "size": 20 << 30},
+    "cloneVolume": {"name": "data2", "full": False},
+    "checkVolumes": {"repair": False},
     "createImage": {"source": "build", "value": "debian:12"},
     "checkHost": {"repair": False},
 }

@@ -60,3 +60,19 @@ class HostController(Controller):
         repair = data is not None and data.repair
         report = await operations(request).hosts.check(caller(request), repair)
         return Response(content=report, media_type="application/json")
+
+    @post(
+        "/self/volumes/check",
+        operation_id="checkVolumes",
+        summary="Look for what is wrong with volumes",
+        status_code=200,
+        responses=errors(),
+    )
+    async def check_volumes(
+        self, request: AnyRequest, data: JSONBody[CheckRequest | None] = None
+    ) -> Response[CheckReport]:
+        """Holds the files of volumes against the records, and looks into them; with `repair` gives
+        back what is leaked."""
+        repair = data is not None and data.repair
+        report = await operations(request).hosts.check_volumes(caller(request), repair)
+        return Response(content=report, media_type="application/json")

@@ -17,7 +17,7 @@ from undercroft.api.answers import (
     operations,
 )
 from undercroft.api.query import Query
-from undercroft.model.requests import VolumeCreate
+from undercroft.model.requests import LayerTree, VolumeClone, VolumeCreate
 from undercroft.model.task import Task
 from undercroft.model.volume import Volume
 
@@ -68,3 +68,40 @@ class VolumeController(Controller):
     async def remove_volume(self, request: AnyRequest, ref: FromPath[str]) -> Response[Task]:
         """Removes a volume that no VM has, with what is on it."""
         return answer_task(await operations(request).volumes.remove(caller(request), ref))
+
+    @post(
+        "/{ref:str}/clone",
+        operation_id="cloneVolume",
+        summary="Make a volume that begins as another is",
+        status_code=202,
+        responses=errors(404, 409, 502, 507),
+    )
+    async def clone_volume(
+        self, request: AnyRequest, ref: FromPath[str], data: JSONBody[VolumeClone]
+    ) -> Response[Task]:
+        """The new one lies on what both have in common, or has a copy of it. The source may be in
+        use, and goes on. The task's result names the new volume."""
+        return answer_task(await operations(request).volumes.clone(caller(request), ref, data))
+
+    @post(
+        "/{ref:str}/flatten",
+        operation_id="flattenVolume",
+        summary="Have a volume need nothing of others",
+        status_code=202,
+        responses=errors(404, 409, 502, 507),
+    )
+    async def flatten_volume(self, request: AnyRequest, ref: FromPath[str]) -> Response[Task]:
+        """Has a volume take over all that it lies on. A VM that has it may run meanwhile."""
+        return answer_task(await operations(request).volumes.flatten(caller(request), ref))
+
+
+@get(
+    "/v1/layers",
+    operation_id="listLayers",
+    summary="Show how volumes lie on each other",
+    tags=["volumes"],
+    responses=errors(),
+)
+async def layers(request: AnyRequest) -> Response[LayerTree]:
+    """All layers of volumes, what they lie on, and who needs them."""
+    return Response(await operations(request).volumes.tree(caller(request)))

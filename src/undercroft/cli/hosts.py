@@ -91,24 +91,29 @@ class Check(Command):
 
     def run(self, croft: Croft, args: Namespace) -> int:
         report = croft.api.post("/v1/hosts/self/check", {"repair": args.repair})
-        findings = report.get("findings", ())
-        left = [finding for finding in findings if not finding.get("repaired")]
-        if croft.json:
-            croft.print_json(report)
-            return FAILED if left else OK
-        style = croft.out
-        for finding in findings:
-            done = finding.get("repaired")
-            mark = style.paint("repaired", "green") if done else style.paint("found", "yellow")
-            print(f"{mark}  {style.clean(finding.get('message', ''))} ({finding.get('code')})")
-            if path := finding.get("path"):
-                print(f"          {style.clean(path)}")
-        checked = ", ".join(
-            f"{count} {what.removesuffix('s') if count == 1 else what}"
-            for what, count in report.get("checked", {}).items()
-        )
-        if not findings:
-            croft.say(f"{style.paint('all is in order', 'green')} ({checked} checked)")
-        elif left and not args.repair:
-            croft.say("put it right with: croft host check --repair")
+        return print_report(croft, report, args.repair, "croft host check --repair")
+
+
+def print_report(croft: Croft, report: Any, repair: bool, remedy: str) -> int:
+    """Prints what was found; the exit code. ``remedy``: the command that puts it right."""
+    findings = report.get("findings", ())
+    left = [finding for finding in findings if not finding.get("repaired")]
+    if croft.json:
+        croft.print_json(report)
         return FAILED if left else OK
+    style = croft.out
+    for finding in findings:
+        done = finding.get("repaired")
+        mark = style.paint("repaired", "green") if done else style.paint("found", "yellow")
+        print(f"{mark}  {style.clean(finding.get('message', ''))} ({finding.get('code')})")
+        if path := finding.get("path"):
+            print(f"          {style.clean(path)}")
+    checked = ", ".join(
+        f"{count} {what.removesuffix('s') if count == 1 else what}"
+        for what, count in report.get("checked", {}).items()
+    )
+    if not findings:
+        croft.say(f"{style.paint('all is in order', 'green')} ({checked} checked)")
+    elif left and not repair:
+        croft.say(f"put it right with: {remedy}")
+    return FAILED if left else OK

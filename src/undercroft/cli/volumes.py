@@ -30,7 +30,7 @@ class Create(Command):
         parser.add_argument("name", metavar="NAME", help="of the volume")
         parser.add_argument("-s", "--size", type=to_size, metavar="SIZE", help="such as 20G")
         parser.add_argument(
-            "--from", dest="source", metavar="IMAGE", help="what is on it at first (default: empty)"
+            "--from", dest="source", metavar="IMAGE|VOLUME", help="what is on it at first"
         )
         parser.add_argument(
             "--preallocate", action="store_true", help="take all its room on the host now"

@@ -224,3 +224,10 @@ class HostsClient(Noun[Host]):
         """Looks for what a crash left behind; with ``repair`` puts it right."""
         body = self._request("POST", "self", "/check", json={"repair": repair}, timeout=600.0)
         return decode(body, CheckReport)
+
+    def check_volumes(self, repair: bool = False) -> CheckReport:
+        """Looks for what is wrong with volumes; with ``repair`` puts it right."""
+        body = self._request(
+            "POST", "self", "/volumes/check", json={"repair": repair}, timeout=3600.0
+        )
+        return decode(body, CheckReport)

@@ -24,6 +24,7 @@ from undercroft.host.outcome import final_status
 from undercroft.host.services import LocalHost
 from undercroft.host.templates import remove_files, sweep_templates
 from undercroft.host.verbs import VM_VERBS
+from undercroft.host.volume_clone import collect_clones
 from undercroft.host.volumes import VolumeWorker
 from undercroft.host.worker import Worker
 from undercroft.hypervisor.machine import QemuMachine
@@ -75,6 +76,7 @@ class HostAgent:
         volumes = await self.environment.store.list(Volume)
         await self._end_ownerless_tasks(known)
         await sweep_templates(self.environment)
+        await collect_clones(self.environment)
         await collect_layers(self.environment)
         for image in images.items:
             self._wake_worker(image.record)

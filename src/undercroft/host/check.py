@@ -29,7 +29,7 @@ from undercroft.model.requests import CheckFinding, CheckReport
 from undercroft.model.task import Task
 from undercroft.model.template import Template
 from undercroft.model.vm import VM, VMState
-from undercroft.model.volume import Volume
+from undercroft.model.volume import Volume, VolumeState
 from undercroft.operations.context import scope
 from undercroft.operations.vm_change import removal_releases
 from undercroft.store.interface import (
@@ -175,7 +175,8 @@ def _missing_files(environment: Environment, records: _Records) -> Iterator[Chec
     for id, found in records.volumes.items():
         volume = found.record
         path = environment.layer_path(volume.status.head or id)
-        if volume.spec.vm not in busy and not path.exists():
+        making = volume.spec.vm is None and volume.status.state is VolumeState.PENDING
+        if volume.spec.vm not in busy and not volume.tasks and not making and not path.exists():
             yield CheckFinding(
                 code="missing-volume",
                 message=f"the file of {volume.label} is gone: restore it from a backup",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +17,15 @@ from undercroft.store.interface import Store
 UID_BASE = 300_000
 """First of the user ids that QEMU processes run as when the daemon is root: an empty range beside
 those of system users, containers and subordinate ids (systemd's UIDS-GIDS)."""
+
+
+@dataclass
+class Usage:
+    """What the files of layers took when they were last looked at (``at``: a monotonic time)."""
+
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    taken: Mapping[str, int] | None = None
+    at: float = 0.0
 
 
 @dataclass
@@ -41,6 +50,7 @@ class Environment:
     use that was there before."""
     templates: asyncio.Condition = field(default_factory=asyncio.Condition)
     """Notified when a template is finished or given up."""
+    usage: Usage = field(default_factory=Usage)
     closing: bool = False
     _emulators: dict[str, Emulator] = field(default_factory=dict)
 

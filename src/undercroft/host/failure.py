@@ -16,7 +16,13 @@ from undercroft.model.vm import VM, Power, VMState
 if TYPE_CHECKING:
     from undercroft.host.actor import VMActor
 
-_BESIDE_POWER = ("snapshot.create", "snapshot.remove", "template.create")
+_BESIDE_POWER = (
+    "snapshot.create",
+    "snapshot.remove",
+    "template.create",
+    "volume.clone",
+    "volume.flatten",
+)
 
 log = structlog.get_logger(__name__)
 

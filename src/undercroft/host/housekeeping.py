@@ -9,6 +9,7 @@ import structlog
 from undercroft.host.environment import Environment
 from undercroft.host.fetching import downloads
 from undercroft.host.templates import collect_templates
+from undercroft.host.volume_clone import collect_clones
 from undercroft.model.errors import UndercroftError
 from undercroft.model.event import Event
 from undercroft.model.task import Task
@@ -47,5 +48,6 @@ async def tidy(environment: Environment) -> None:
         await store.transact(Transaction(deletes=old[start : start + BATCH]))
     await store.compact(KEEP_REVISIONS)
     await collect_templates(environment)
+    await collect_clones(environment)
     since = environment.clock() - KEEP_DOWNLOADS
     await asyncio.to_thread(sweep_downloads, downloads(environment), since)

@@ -49,6 +49,20 @@ async def flatten(actor: VMActor, vm: VM, run: TaskRun) -> None:
             await _absorb(actor, vm, run, index, layers, 0)
 
 
+async def flatten_disk(actor: VMActor, vm: VM, run: TaskRun, volume: str) -> None:
+    """Has one disk of a VM take over all that it lies on, and its image, too.
+
+    Raises:
+        UndercroftError, OSError: it did not work. All is as it was, and can be tried again.
+    """
+    index = next(n for n, disk in enumerate(vm.spec.disks) if disk.volume == volume)
+    while True:
+        layers = await chain(actor.environment, await head_layer(actor.environment, volume))
+        if len(layers) < 2 and layers[0].spec.image is None:
+            return
+        await _absorb(actor, vm, run, index, layers, 0)
+
+
 async def _absorb(
     actor: VMActor, vm: VM, run: TaskRun, index: int, layers: list[Layer], at: int
 ) -> None:
@@ -66,7 +80,7 @@ async def _absorb(
         else:
             async with _opened(environment, vm, planned) as monitor:
                 await absorb(monitor, planned, at, tell)
-    await _skip(environment, layers[at], layers[at + 1])
+    await _skip(environment, layers[at], layers[at + 1] if at + 1 < len(layers) else None)
     await collect_layers(environment)
 
 
@@ -97,9 +111,10 @@ async def _opened(
         yield monitor
 
 
-async def _skip(environment: Environment, upper: Layer, lower: Layer) -> None:
-    """Writes that a layer lies on what was two beneath it."""
-    spec = msgspec.structs.replace(upper.spec, parent=lower.spec.parent, image=lower.spec.image)
+async def _skip(environment: Environment, upper: Layer, lower: Layer | None) -> None:
+    """Writes that a layer lies on what was two beneath it; on nothing, if that was its image."""
+    parent, image = (lower.spec.parent, lower.spec.image) if lower is not None else (None, None)
+    spec = msgspec.structs.replace(upper.spec, parent=parent, image=image)
     await update(
         environment.store,
         Layer,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
 from undercroft.host.environment import Environment
+from undercroft.host.usage import measure
+from undercroft.host.volume_check import check_volumes
 from undercroft.hypervisor.console import read_log
 from undercroft.hypervisor.guestagent import GuestAgent
 from undercroft.hypervisor.machine import QemuMachine
@@ -132,6 +134,14 @@ class LocalHost:
             for sample in await asyncio.gather(*(_sample(vm, m) for vm, m in running))
             if sample is not None
         ]
+
+    async def measure(self) -> Mapping[str, int]:
+        """What the layers take on the host."""
+        return await measure(self._environment)
+
+    async def check_volumes(self, repair: bool) -> CheckReport:
+        """Looks for what is wrong with volumes and their layers."""
+        return await check_volumes(self._environment, repair)
 
     async def check(self, repair: bool) -> CheckReport:
         """Looks for what a crash left behind."""

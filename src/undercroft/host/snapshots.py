@@ -136,12 +136,13 @@ async def _begin(actor: VMActor, vm: VM, run: TaskRun) -> Snapshot:
     if found is not None:
         return found.record
     spec = msgspec.convert(run.arguments["spec"], SnapshotSpec)
+    only = run.arguments.get("volume")  # of all disks, the one that is to branch off
     disks: list[SnapshotDisk] = []
     layers: list[Layer] = []
     for disk in vm.spec.disks:
         head = await get_layer(environment, await head_layer(environment, disk.volume))
         following = head.meta.id
-        if not disk.read_only:
+        if not disk.read_only and only in (None, disk.volume):
             layers.append(new_layer(environment, head.spec.size, parent=head.meta.id))
             following = layers[-1].meta.id
         disks.append(SnapshotDisk(volume=disk.volume, layer=head.meta.id, next=following))

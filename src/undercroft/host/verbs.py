@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from undercroft.host import creation, power, snapshots, templates
+from undercroft.host import creation, power, snapshots, templates, volume_clone
 from undercroft.host.actor import Verb
 
 VM_VERBS: dict[str, Verb] = {
@@ -19,4 +19,6 @@ VM_VERBS: dict[str, Verb] = {
     "snapshot.revert": snapshots.revert,
     "snapshot.remove": snapshots.remove,
     "template.create": templates.create,
+    "volume.clone": volume_clone.clone_attached,
+    "volume.flatten": volume_clone.flatten_attached,
 }

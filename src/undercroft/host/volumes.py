@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
+
 from undercroft.host.imaging import reported
 from undercroft.host.layers import (
     collect_layers,
@@ -13,6 +15,7 @@ from undercroft.host.layers import (
     volume_status,
 )
 from undercroft.host.outcome import TaskRun, finish
+from undercroft.host.volume_clone import abandon, branch_off, flatten
 from undercroft.host.worker import Worker
 from undercroft.model.errors import UndercroftError
 from undercroft.model.event import EventLevel
@@ -21,6 +24,8 @@ from undercroft.operations.context import scope
 from undercroft.storage.files import allocated
 from undercroft.store.interface import Delete, Put, Release, update
 
+_INFO = EventLevel.INFO
+
 
 class VolumeWorker(Worker[Volume]):
     """Carries out the tasks of one volume, one at a time."""
@@ -28,12 +33,50 @@ class VolumeWorker(Worker[Volume]):
     kind = Volume
 
     async def carry_out(self, record: Volume, run: TaskRun) -> None:
-        """Makes or removes the volume."""
-        if run.task.spec.verb == "volume.remove":
-            self.commit()
-            await self._gone(record, run, None, "volume.removed", f"{record.label} was removed")
-        else:
-            await self._create(record, run)
+        """Makes, clones, flattens or removes the volume."""
+        match run.task.spec.verb:
+            case "volume.remove":
+                self.commit()
+                await self._gone(record, run, None, "volume.removed", f"{record.label} was removed")
+            case "volume.clone":
+                await self._clone(record, run)
+            case "volume.flatten":
+                await self._flatten(record, run)
+            case _:
+                await self._create(record, run)
+
+    def may_begin(self, record: Volume) -> bool:
+        """A clone waits until it has branched off, which is done for its source."""
+        waits = record.status.state is VolumeState.PENDING and record.spec.source is not None
+        return bool(record.tasks) and not waits
+
+    async def _clone(self, source: Volume, run: TaskRun) -> None:
+        self.commit()
+        clone = str(run.arguments["clone"])
+        made = await branch_off(self.environment, source, clone)
+        await finish(
+            self.environment,
+            Volume,
+            self.id,
+            run.id,
+            change=lambda v: v,
+            extra=lambda v: ([Put(made)], [], []),
+            result={"volume": clone},
+            event=("volume.cloned", f"{made.label} was cloned from {source.label}", _INFO),
+        )
+
+    async def _flatten(self, volume: Volume, run: TaskRun) -> None:
+        made = await flatten(self.environment, volume, run)
+        self.commit()
+        await finish(
+            self.environment,
+            Volume,
+            self.id,
+            run.id,
+            change=lambda v: msgspec.structs.replace(v, spec=made.spec, status=made.status),
+            result={"volume": self.id},
+            event=("volume.flattened", f"{volume.label} needs nothing of others", _INFO),
+        )
 
     async def _create(self, volume: Volume, run: TaskRun) -> None:
         environment = self.environment
@@ -64,6 +107,8 @@ class VolumeWorker(Worker[Volume]):
             message = f"making {record.label} {told}"
             await self._gone(record, run, error, "volume.failed", message, error is None)
             return
+        if verb == "volume.clone":
+            await abandon(self.environment, str(run.arguments["clone"]))
         await finish(
             self.environment,
             Volume,

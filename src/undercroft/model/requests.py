@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Any
 
-from undercroft.model.base import Model, Spec
+from undercroft.model.base import Model, Ref, Spec
 from undercroft.model.image import DiskFormat, ImageSourceKind
 from undercroft.model.task import Task
 from undercroft.model.vm import (
@@ -147,6 +147,37 @@ class VolumeCreate(Spec, frozen=True, kw_only=True):
     source: str | None = None
     preallocate: bool = False
     labels: dict[str, str] = {}
+
+
+class VolumeClone(Spec, frozen=True, kw_only=True):
+    """A new volume that begins as another is: over what they share, or with ``full`` with a copy of
+    it. ``size`` in bytes: larger than the source (None: as large)."""
+
+    name: str
+    full: bool = False
+    size: int | None = None
+    labels: dict[str, str] = {}
+
+
+class LayerNode(Model, frozen=True, kw_only=True):
+    """A layer, or an image at the bottom (``kind`` is ``layer`` or ``image``), and what needs it:
+    the volume that writes to it, the snapshots and templates that keep it. ``parent`` is the node
+    that it lies on; ``size`` what a guest sees and ``allocated`` what the host gives, in bytes."""
+
+    id: str
+    kind: str
+    name: str = ""
+    parent: str | None = None
+    size: int = 0
+    allocated: int = 0
+    volume: Ref | None = None
+    kept: tuple[Ref, ...] = ()
+
+
+class LayerTree(Model, frozen=True, kw_only=True):
+    """All layers, and the images that some lie on; what lies beneath comes first."""
+
+    nodes: tuple[LayerNode, ...]
 
 
 class ImageCreate(Spec, frozen=True, kw_only=True):

@@ -27,7 +27,8 @@ class VolumeSpec(Spec, frozen=True, kw_only=True):
 
     ``size`` in bytes as the guest sees it; ``image`` is the id of the image that it began as;
     ``host`` the id of the host it lies on; ``vm`` that of the VM that it goes with (None: it stands
-    for itself); ``preallocated``: all its space is taken on the host from the beginning.
+    for itself); ``preallocated``: all its space is taken on the host from the beginning;
+    ``source``: the volume (an id) that it was cloned from.
     """
 
     size: int
@@ -35,15 +36,18 @@ class VolumeSpec(Spec, frozen=True, kw_only=True):
     host: str
     vm: str | None = None
     preallocated: bool = False
+    source: str | None = None
 
 
 class VolumeStatus(Model, frozen=True, kw_only=True):
     """``head`` is the id of the layer that it writes to (`undercroft.model.layer`); ``allocated``
-    the space that one takes on the host, in bytes."""
+    the space on the host that the layers take which only it needs, ``shared`` that of those
+    beneath that others need too, in bytes."""
 
     state: VolumeState = VolumeState.PENDING
     head: str = ""
     allocated: int = 0
+    shared: int = 0
     message: str | None = None
 
 

@@ -24,6 +24,7 @@ PRIVILEGES = frozenset(
         "image.remove",
         "volume.view",
         "volume.create",
+        "volume.change",
         "volume.remove",
         "task.view",
         "task.cancel",

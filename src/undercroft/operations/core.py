@@ -66,6 +66,11 @@ class HostOperations:
         caller.require("host.check")
         return await self._context.services.check(repair)
 
+    async def check_volumes(self, caller: Caller, repair: bool = False) -> CheckReport:
+        """Looks for what is wrong with the volumes of the host that answers."""
+        caller.require("host.check")
+        return await self._context.services.check_volumes(repair)
+
     async def samples(self, caller: Caller) -> Sequence[VMSample]:
         """Measurements of the VMs that run on the host that answers."""
         caller.require("vm.view")

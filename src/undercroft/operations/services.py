@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -70,6 +70,13 @@ class HostServices(Protocol):
 
     async def samples(self) -> Sequence[VMSample]:
         """Measurements of all running VMs."""
+
+    async def measure(self) -> Mapping[str, int]:
+        """Bytes on the host that the file of each layer takes, by the layer's id; what volumes
+        take is written down as well where it has changed."""
+
+    async def check_volumes(self, repair: bool) -> CheckReport:
+        """Looks for what is wrong with volumes and their layers."""
 
     async def check(self, repair: bool) -> CheckReport:
         """Looks for what a crash left behind, and puts it right on request."""

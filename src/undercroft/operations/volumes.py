@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import builtins
-
 import msgspec
 
 from undercroft.model.base import Meta
 from undercroft.model.errors import (
     AlreadyExistsError,
-    BusyError,
     InUseError,
     InvalidError,
     StaleError,
     WrongStateError,
 )
 from undercroft.model.image import Image, ImageState
-from undercroft.model.names import check_labels, check_name, new_id
-from undercroft.model.requests import VolumeCreate
+from undercroft.model.names import PREFIX, check_labels, check_name, is_id, new_id
+from undercroft.model.requests import LayerTree, VolumeClone, VolumeCreate
 from undercroft.model.snapshot import Snapshot
 from undercroft.model.task import Task
 from undercroft.model.vm import VM
@@ -32,6 +29,9 @@ from undercroft.operations.context import (
     pending,
     scope,
 )
+from undercroft.operations.volume_clone import clone_volume, flatten_volume
+from undercroft.operations.volume_tree import layer_tree
+from undercroft.operations.volume_use import already_exists, check_idle, users_of
 from undercroft.store.interface import Check, Claim, Listing, Put, Transaction, Versioned
 
 
@@ -44,15 +44,30 @@ class VolumeOperations:
     async def get(self, caller: Caller, ref: str) -> Versioned[Volume]:
         """The volume with this name or id."""
         caller.require("volume.view")
+        await self._context.services.measure()
         return await find(self._context.store, Volume, ref)
 
     async def list(self, caller: Caller) -> Listing[Volume]:
         """All volumes."""
         caller.require("volume.view")
+        await self._context.services.measure()
         return await self._context.store.list(Volume)
 
+    async def tree(self, caller: Caller) -> LayerTree:
+        """All layers, and who needs them."""
+        caller.require("volume.view")
+        return await layer_tree(self._context)
+
+    async def clone(self, caller: Caller, ref: str, request: VolumeClone) -> Task:
+        """Makes a volume that begins as this one is."""
+        return await clone_volume(self._context, caller, ref, request)
+
+    async def flatten(self, caller: Caller, ref: str) -> Task:
+        """Has a volume take over all that it lies on, so that it needs nothing of others."""
+        return await flatten_volume(self._context, caller, ref)
+
     async def create(self, caller: Caller, request: VolumeCreate) -> Task:
-        """Writes a new volume and the task that makes it.
+        """Writes a new volume and the task that makes it. What begins as a volume is a clone.
 
         Raises:
             InvalidError: the name or the size makes no sense, or is smaller than its source.
@@ -63,6 +78,13 @@ class VolumeOperations:
         check_name(request.name, "volume")
         check_labels(request.labels)
         context = self._context
+        if request.source is not None and await _is_volume(context, request.source):
+            if request.preallocate:
+                raise InvalidError(
+                    "a volume that begins as another is not preallocated", action="leave that out"
+                )
+            copy = VolumeClone(name=request.name, size=request.size, labels=request.labels)
+            return await clone_volume(context, caller, request.source, copy)
         for _ in range(ATTEMPTS):
             image = await _ready_image(context, request.source) if request.source else None
             size = _size(request, image.record if image else None)
@@ -150,54 +172,18 @@ class VolumeOperations:
             )
 
 
-async def users_of(context: Context, volume: Volume) -> builtins.list[VM | Snapshot]:
-    """The VMs that have a volume, and the snapshots that need it to be gone back to."""
-    id = volume.meta.id
-    users: builtins.list[VM | Snapshot] = [
-        item.record
-        for item in (await context.store.list(VM)).items
-        if item.record.meta.id == volume.spec.vm
-        or any(disk.volume == id for disk in item.record.spec.disks)
-    ]
-    users += [
-        item.record
-        for item in (await context.store.list(Snapshot)).items
-        if any(disk.volume == id for disk in item.record.status.disks)
-    ]
-    return users
-
-
-def check_idle(volume: Volume) -> None:
-    """Does nothing if a volume is there and nothing is being done with it. Whoever takes one into
-    use checks so, in the transaction that writes it down.
-
-    Raises:
-        WrongStateError: it is just being made or removed. BusyError: a task has it.
-    """
-    if volume.status.state in (VolumeState.PENDING, VolumeState.REMOVING):
-        doing = "made" if volume.status.state is VolumeState.PENDING else "removed"
-        raise WrongStateError(
-            f"{volume.label} is just being {doing}",
-            object=volume.label,
-            action="wait for it: croft task ls",
-            state=volume.status.state,
+async def _is_volume(context: Context, ref: str) -> bool:
+    if is_id(ref):
+        return ref.startswith(PREFIX["volume"])
+    volume = await context.store.resolve(scope("volume"), ref) if ref.isascii() else None
+    image = await context.store.resolve(scope("image"), ref) if ref.isascii() else None
+    if volume is not None and image is not None:
+        raise InvalidError(
+            f"{ref} is the name of an image and of a volume",
+            object=ref,
+            action=f"give an id: {image} or {volume}",
         )
-    if volume.tasks:
-        raise BusyError(
-            f"something is being done with {volume.label}",
-            object=volume.label,
-            action="wait for it: croft task ls",
-            tasks=volume.tasks,
-        )
-
-
-def already_exists(name: str) -> AlreadyExistsError:
-    """The error for a name that another volume has."""
-    return AlreadyExistsError(
-        f"volume {name} already exists",
-        object=f"volume {name}",
-        action=f"choose another name, or: croft volume rm {name}",
-    )
+    return volume is not None
 
 
 async def _ready_image(context: Context, ref: str) -> Versioned[Image]:

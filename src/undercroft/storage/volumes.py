@@ -7,8 +7,9 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from undercroft.model.base import Model
 from undercroft.model.errors import DataCorruptError, DataError, NoSpaceError, ProgramError
@@ -18,7 +19,7 @@ from undercroft.storage.formats.empty import write_empty
 from undercroft.storage.process import run, tool
 from undercroft.storage.threads import in_thread
 
-__all__ = ["VolumeInfo", "check_volume", "create_volume", "volume_info"]
+__all__ = ["VolumeInfo", "check_volume", "copy_chain", "create_volume", "volume_info"]
 
 _CREATE_TIMEOUT = 60.0
 _COPY_TIMEOUT = 24 * 3600.0
@@ -93,6 +94,45 @@ async def _preallocate(
         command = [qemu_img, "convert", "-p", "-n", "--target-is-zero", "-f", base[1]]
         command += ["-O", "qcow2", str(base[0]), str(half)]
         await run(command, timeout=_COPY_TIMEOUT, on_output=percentage(progress))
+
+
+async def copy_chain(
+    chain: Sequence[tuple[str, str]],
+    path: Path,
+    size: int,
+    *,
+    tmp: Path,
+    progress: Callable[[float], None] | None = None,
+) -> None:
+    """Copies what a chain of files shows (each path and format, from the top down) into a new
+    volume of ``size`` bytes at ``path``, which lies on nothing. Nobody may write to the chain.
+
+    Raises:
+        NoSpaceError: the host's disk is full. ProgramError: qemu-img failed.
+    """
+    half = tmp / f"volume-{secrets.token_hex(8)}"
+    graph: dict[str, Any] | None = None
+    for file, format in reversed(chain):
+        node: dict[str, Any] = {"driver": format, "file": {"driver": "file", "filename": file}}
+        if format == "qcow2":
+            node["backing"] = graph  # what its header says is not followed
+        graph = node
+    try:
+        await in_thread(lambda _: write_empty(half, size))
+        command = [tool("qemu-img", package="qemu-utils"), "convert", "-p", "-n"]
+        command += ["--target-is-zero", "-O", "qcow2", "json:" + json.dumps(graph), str(half)]
+        await run(command, timeout=_COPY_TIMEOUT, on_output=percentage(progress))
+        await in_thread(lambda _: _settle(half, path, size, None))
+    except ProgramError as error:
+        if "No space left" in error.message:
+            raise _full(path) from None
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _full(path) from None
+        raise
+    finally:
+        half.unlink(missing_ok=True)
 
 
 def percentage(progress: Callable[[float], None] | None) -> Callable[[bytes], None]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -117,6 +117,12 @@ class FakeHost:
 
     async def samples(self) -> Sequence[VMSample]:
         return self.running
+
+    async def measure(self) -> Mapping[str, int]:
+        return {}
+
+    async def check_volumes(self, repair: bool) -> CheckReport:
+        return CheckReport(checked={"volumes": 1})
 
     async def check(self, repair: bool) -> CheckReport:
         self.repaired.append(repair)

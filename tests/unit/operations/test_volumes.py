@@ -17,14 +17,14 @@ from undercroft.model.errors import (
     WrongStateError,
 )
 from undercroft.model.names import new_id
-from undercroft.model.requests import VolumeCreate
+from undercroft.model.requests import VolumeClone, VolumeCreate
 from undercroft.model.snapshot import Snapshot, SnapshotDisk, SnapshotSpec, SnapshotStatus
 from undercroft.model.task import Task
 from undercroft.model.units import GiB
 from undercroft.model.volume import Volume, VolumeState
 from undercroft.operations.access import SYSTEM, VIEW, Caller
 from undercroft.operations.context import find
-from undercroft.operations.volumes import check_idle
+from undercroft.operations.volume_use import check_idle
 from undercroft.store.interface import Put, Transaction, update
 
 
@@ -131,3 +131,45 @@ async def test_who_may_only_look_makes_and_removes_none(world: World) -> None:
         await world.operations.volumes.create(viewer, VolumeCreate(name="x", size=GiB))
     with pytest.raises(ForbiddenError):
         await world.operations.volumes.remove(viewer, "data")
+
+
+async def test_a_clone_waits_its_turn_where_its_source_is(world: World) -> None:
+    vm = await world.created("web1", disk=GiB)
+    boot = vm.spec.disks[0].volume
+
+    def ready(volume: Volume) -> Volume:
+        status = msgspec.structs.replace(volume.status, state=VolumeState.READY, head="layer-x")
+        return msgspec.structs.replace(volume, status=status)
+
+    await update(world.store, Volume, boot, ready)
+    task = await world.operations.volumes.clone(SYSTEM, "web1-boot", VolumeClone(name="copy"))
+    assert (await world.vm("web1")).tasks[-1] == task.meta.id
+    await made(world, "data")
+    full = await world.operations.volumes.clone(SYSTEM, "data", VolumeClone(name="b", full=True))
+    clone = (await find(world.store, Volume, "b")).record
+    assert clone.tasks == (full.meta.id,)  # it has another, that waits for the source's
+    branching = (await find(world.store, Volume, "data")).record.tasks
+    assert len(branching) == 1
+    with pytest.raises(BusyError):  # one at a time
+        await world.operations.volumes.clone(SYSTEM, "data", VolumeClone(name="c"))
+    with pytest.raises(WrongStateError):  # it has nothing on it yet
+        await world.operations.volumes.clone(SYSTEM, "b", VolumeClone(name="c"))
+
+
+async def test_a_clone_is_not_smaller_and_has_a_name_of_its_own(world: World) -> None:
+    await made(world, "data")
+    clone = world.operations.volumes.clone
+    with pytest.raises(InvalidError, match="smaller"):
+        await clone(SYSTEM, "data", VolumeClone(name="b", size=GiB // 2))
+    with pytest.raises(AlreadyExistsError):
+        await clone(SYSTEM, "data", VolumeClone(name="data"))
+    await world.image("both")
+    await made(world, "both")
+    with pytest.raises(InvalidError, match="image and of a volume"):
+        await world.operations.volumes.create(SYSTEM, VolumeCreate(name="x", source="both"))
+
+
+async def test_flattening_is_asked_for_once(world: World) -> None:
+    await made(world, "data")
+    first = await world.operations.volumes.flatten(SYSTEM, "data")
+    assert await world.operations.volumes.flatten(SYSTEM, "data") == first

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,12 @@ class Services:
 
     async def samples(self) -> Sequence[VMSample]:
         return []
+
+    async def measure(self) -> Mapping[str, int]:
+        return {}
+
+    async def check_volumes(self, repair: bool) -> CheckReport:
+        return CheckReport(checked={"volumes": 1})
 
     async def check(self, repair: bool) -> CheckReport:
         self.calls.append(("check", repair))
