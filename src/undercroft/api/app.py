@@ -15,6 +15,7 @@ from undercroft.api.answers import SHARED, AnyRequest, fields_of
 from undercroft.api.body import MAX_BODY, StrictJSON
 from undercroft.api.consoles import console, console_page, vnc, vnc_page
 from undercroft.api.events import EventController
+from undercroft.api.exports import ExportController
 from undercroft.api.guests import GuestController
 from undercroft.api.hosts import HostController
 from undercroft.api.images import ImageController
@@ -54,6 +55,7 @@ ROUTES: list[ControllerRouterHandler] = [
     vnc,
     vnc_page,
     ImageController,
+    ExportController,
     VolumeController,
     layers,
     TaskController,

@@ -24,6 +24,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "cloneVM": {"names": ["web2", "web3"], "mode": "linked", "start": True},
     "createTemplate": {"name": "debian-warm", "source": "web1", "memory": True},
     "cloneTemplate": {"count": 10},
+    "createExport": {"vm": "web1", "format": "ova"},
     "execInVM": {"argv": ["uname", "-a"], "timeout": 10.0},
     "createVolume": {"name": "data1", "size": 20 << 30},
     "cloneVolume": {"name": "data2", "full": False},

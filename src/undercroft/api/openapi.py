@@ -40,6 +40,7 @@ TAGS = {
     "consoles": "Serial and VNC consoles, as WebSockets.",
     "templates": "Frozen VMs to make others from.",
     "images": "What VMs are made from.",
+    "exports": "VMs as files for other systems.",
     "volumes": "The disks of VMs.",
     "tasks": "Operations under way.",
     "events": "What happened, and what happens.",

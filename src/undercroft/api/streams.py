@@ -48,10 +48,22 @@ class Streaming(ASGIResponse):
 
     _should_set_content_length = False
 
-    def __init__(self, content: AsyncIterator[bytes], media_type: str) -> None:
+    def __init__(
+        self,
+        content: AsyncIterator[bytes],
+        media_type: str,
+        *,
+        headers: dict[str, str] | None = None,
+        status_code: int = 200,
+    ) -> None:
         super().__init__(
             media_type=media_type,
-            headers={"cache-control": "no-store", "x-accel-buffering": "no"},
+            status_code=status_code,
+            headers={
+                "cache-control": "no-store",
+                "x-accel-buffering": "no",
+                **(headers or {}),
+            },
         )
         self.content = content
 

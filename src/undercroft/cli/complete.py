@@ -148,7 +148,10 @@ def _values(croft: Croft, name: str, action: argparse.Action, given: list[str]) 
             yield str(choice), ""
         return
     metavar = str(action.metavar or action.dest.upper())
-    if metavar in ("VM", "OBJECT", "PATTERN"):
+    if name == "export" and metavar == "VM":
+        yield from _vms(croft, name, given)
+        yield from _names(croft, "/v1/templates", given)
+    elif metavar in ("VM", "OBJECT", "PATTERN"):
         yield from _vms(croft, name, given)
     elif metavar == "IMAGE":
         yield from _names(croft, "/v1/images", given)

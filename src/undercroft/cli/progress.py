@@ -27,6 +27,8 @@ def title(task: Any) -> str:
     """How a task is called: ``start web1``, ``make image tiny``."""
     noun, _, verb = str(dig(task, "spec.verb", "")).rpartition(".")
     name = dig(task, "spec.object.name", "")
+    if noun == "export":
+        return "export"
     if noun == "vm":
         return f"{verb} {name}"
     return f"{'make' if verb == 'create' else verb} {noun} {name}"

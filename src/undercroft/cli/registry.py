@@ -38,6 +38,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "snapshot revert": ("snapshots", "Revert", "Make a VM what it was in a snapshot"),
     "snapshot rm": ("snapshots", "Rm", "Forget snapshots"),
     "clone": ("clones", "Clone", "Make VMs that begin as what another is"),
+    "export": ("export", "Export", "Write a VM or a disk into a file for others"),
     "template create": ("templates", "Create", "Keep what a VM is, to make others from"),
     "template ls": ("templates", "Ls", "List templates"),
     "template show": ("templates", "Show", "Show everything about a template"),
@@ -84,6 +85,7 @@ THEMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Switch them", ("start", "stop", "restart", "reset", "pause", "resume", "suspend")),
     ("Keep them as they are", ("snapshot create", "snapshot ls", "snapshot revert", "snapshot rm")),
     ("Make more of them", ("clone", "template create", "template ls", "template rm")),
+    ("In and out", ("export",)),
     ("Get into them", ("shell", "console", "exec", "cp", "log", "screenshot")),
     (
         "What they are made from",

@@ -18,15 +18,16 @@ _PATIENCE = 0.5  # seconds before a bar appears
 
 @contextmanager
 def shown(
-    croft: Croft, title: str, length: int | None
+    croft: Croft, title: str, length: int | None, before: int = 0
 ) -> Iterator[Callable[[Iterable[bytes]], Iterator[bytes]]]:
     """Gives a function that passes pieces on and counts their bytes on a progress bar; ``length``
-    in bytes, None where it is not known. There is only a bar on a terminal."""
+    in bytes, None where it is not known; ``before``: how many were there already. There is only a
+    bar on a terminal."""
     bar: Progress | None = None
 
     def count(pieces: Iterable[bytes]) -> Iterator[bytes]:
         nonlocal bar
-        begun, done = time.monotonic(), 0
+        begun, done = time.monotonic(), before
         for piece in pieces:
             yield piece
             done += len(piece)

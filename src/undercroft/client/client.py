@@ -12,6 +12,7 @@ from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 from undercroft.client.connect import Endpoint
 from undercroft.client.decode import convert, decode
+from undercroft.client.exports import ExportsClient
 from undercroft.client.images import ImagesClient
 from undercroft.client.noun import Noun, Versioned
 from undercroft.client.raw import Raw
@@ -24,6 +25,7 @@ from undercroft.client.volumes import VolumesClient
 from undercroft.model.base import Record
 from undercroft.model.errors import CompactedError, TimeLimitError, error_from_problem
 from undercroft.model.event import Event
+from undercroft.model.export import Export
 from undercroft.model.host import Host
 from undercroft.model.image import Image
 from undercroft.model.requests import CheckReport, VersionInfo
@@ -36,7 +38,17 @@ from undercroft.model.volume import Volume
 __all__ = ["Change", "Client", "Versioned"]
 
 R = TypeVar("R", bound=Record)
-_KINDS: tuple[type[Record], ...] = (VM, Volume, Snapshot, Template, Image, Task, Event, Host)
+_KINDS: tuple[type[Record], ...] = (
+    VM,
+    Volume,
+    Snapshot,
+    Template,
+    Image,
+    Export,
+    Task,
+    Event,
+    Host,
+)
 _RECORDS = {cls.kind: cls for cls in _KINDS}
 _LONG_POLL = 20.0  # seconds
 
@@ -60,6 +72,7 @@ class Client:
         self.raw = Raw(endpoint, timeout)
         self.vms = VMsClient(self.raw)
         self.images = ImagesClient(self.raw)
+        self.exports = ExportsClient(self.raw)
         self.snapshots = SnapshotsClient(self.raw)
         self.templates = TemplatesClient(self.raw)
         self.volumes = VolumesClient(self.raw)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Coroutine
 from contextlib import aclosing
 from typing import Any
 
@@ -17,6 +18,8 @@ from undercroft.host import orphans
 from undercroft.host.actor import VMActor
 from undercroft.host.check import check_host
 from undercroft.host.environment import Environment
+from undercroft.host.exports import ExportWorker, sweep_exports
+from undercroft.host.exports import remove_files as remove_export
 from undercroft.host.housekeeping import keep_house
 from undercroft.host.images import ImageWorker
 from undercroft.host.layers import collect_layers, rename_volumes
@@ -30,6 +33,7 @@ from undercroft.host.worker import Worker
 from undercroft.hypervisor.machine import QemuMachine
 from undercroft.model.base import Record
 from undercroft.model.errors import CompactedError, UnavailableError, UndercroftError
+from undercroft.model.export import Export
 from undercroft.model.image import Image
 from undercroft.model.requests import CheckReport
 from undercroft.model.task import Task
@@ -41,7 +45,12 @@ from undercroft.store.interface import Change, Put, Transaction
 log = structlog.get_logger(__name__)
 
 RETRY_INTERVAL = 1.0  # seconds before the store is followed again after a fault
-WATCHED: tuple[type[Record], ...] = (VM, Image, Volume, Task, Template)
+_WORKERS: dict[type[Record], type[Worker[Any]]] = {
+    Image: ImageWorker,
+    Volume: VolumeWorker,
+    Export: ExportWorker,
+}
+WATCHED: tuple[type[Record], ...] = (VM, Image, Volume, Export, Task, Template)
 
 
 class HostAgent:
@@ -51,7 +60,7 @@ class HostAgent:
         self.environment = environment
         self.services = LocalHost(environment, self.machine, self.check)
         self._actors: dict[str, VMActor] = {}
-        self._workers: dict[str, Worker[Any]] = {}  # of images and volumes
+        self._workers: dict[str, Worker[Any]] = {}  # of images, volumes, exports
         self._background: list[asyncio.Task[None]] = []
         self._removals: set[asyncio.Task[None]] = set()
 
@@ -74,17 +83,21 @@ class HostAgent:
         await orphans.end_orphans(self.environment, self._owned())
         images = await self.environment.store.list(Image)
         volumes = await self.environment.store.list(Volume)
+        exports = await self.environment.store.list(Export)
         await self._end_ownerless_tasks(known)
         await sweep_templates(self.environment)
         await collect_clones(self.environment)
+        await sweep_exports(self.environment)
         await collect_layers(self.environment)
         for image in images.items:
             self._wake_worker(image.record)
         for volume in volumes.items:
             self._wake_worker(volume.record)
+        for export in exports.items:
+            self._wake_worker(export.record)
         for actor in self._actors.values():
             actor.launch()
-        revision = min(vms.revision, images.revision, volumes.revision)
+        revision = min(vms.revision, images.revision, volumes.revision, exports.revision)
         self._background = [
             asyncio.create_task(self._follow(revision), name="follow"),
             asyncio.create_task(keep_house(self.environment), name="housekeeping"),
@@ -125,6 +138,8 @@ class HostAgent:
             listed.update(item.record.tasks)
         for found in (await self.environment.store.list(Volume)).items:
             listed.update(found.record.tasks)
+        for export in (await self.environment.store.list(Export)).items:
+            listed.update(export.record.tasks)
         now = self.environment.clock()
         for entry in (await self.environment.store.list(Task)).items:
             task = entry.record
@@ -177,16 +192,21 @@ class HostAgent:
         record = change.record
         if change.kind is VM:
             self._on_vm(change.id, record)
-        elif isinstance(record, (Image, Volume)):
+        elif isinstance(record, (Image, Volume, Export)):
             self._wake_worker(record)
-        elif change.kind in (Image, Volume):
+        elif change.kind in (Image, Volume, Export):
             self._workers.pop(change.id, None)
+            if change.kind is Export:
+                self._remove(remove_export(self.environment, change.id))
         elif change.kind is Template and record is None:
-            removal = asyncio.create_task(remove_files(self.environment, change.id))
-            self._removals.add(removal)
-            removal.add_done_callback(self._removals.discard)
+            self._remove(remove_files(self.environment, change.id))
         elif isinstance(record, Task) and record.spec.cancel and not record.status.state.final:
             self._cancel(record)
+
+    def _remove(self, work: Coroutine[Any, Any, None]) -> None:
+        removal = asyncio.create_task(work)
+        self._removals.add(removal)
+        removal.add_done_callback(self._removals.discard)
 
     def _on_vm(self, id: str, record: Record | None) -> None:
         actor = self._actors.get(id)
@@ -199,12 +219,12 @@ class HostAgent:
             del self._actors[id]
         actor.wake()
 
-    def _wake_worker(self, record: Image | Volume) -> None:
+    def _wake_worker(self, record: Image | Volume | Export) -> None:
         worker = self._workers.get(record.meta.id)
         if worker is None:
             if not record.tasks:
                 return  # nothing to do, and perhaps never will be
-            make: type[Worker[Any]] = ImageWorker if isinstance(record, Image) else VolumeWorker
+            make = _WORKERS[type(record)]
             worker = self._workers[record.meta.id] = make(self.environment, record.meta.id)
         worker.wake(record)
 

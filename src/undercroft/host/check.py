@@ -23,6 +23,7 @@ from undercroft.host.files import remove_tree
 from undercroft.host.layers import collect_layers
 from undercroft.host.outcome import write
 from undercroft.model.errors import AlreadyExistsError, StaleError
+from undercroft.model.export import Export
 from undercroft.model.image import Image, ImageState
 from undercroft.model.layer import Layer
 from undercroft.model.requests import CheckFinding, CheckReport
@@ -53,6 +54,7 @@ class _Records:
     volumes: dict[str, Versioned[Volume]]
     layers: dict[str, Layer]
     templates: set[str]
+    exports: set[str]
     images: dict[str, Image]
     vms: dict[str, Versioned[VM]]
     tasks: set[str]
@@ -62,10 +64,11 @@ class _Records:
         volumes = {i.record.meta.id: i for i in (await store.list(Volume)).items}
         layers = {i.record.meta.id: i.record for i in (await store.list(Layer)).items}
         templates = {i.record.meta.id for i in (await store.list(Template)).items}
+        exports = {i.record.meta.id for i in (await store.list(Export)).items}
         images = {i.record.meta.id: i.record for i in (await store.list(Image)).items}
         vms = {i.record.meta.id: i for i in (await store.list(VM)).items}
         tasks = {i.record.meta.id for i in (await store.list(Task)).items}
-        return cls(volumes, layers, templates, images, vms, tasks)
+        return cls(volumes, layers, templates, exports, images, vms, tasks)
 
 
 async def check_host(
@@ -118,6 +121,7 @@ def _files(data: Path) -> dict[str, list[Path]]:
         "a VM's sockets": _entries(data / "run" / "vms"),
         "a layer of a volume": _entries(data / "volumes"),
         "a template": _entries(data / "templates"),
+        "an export": _entries(data / "exports"),
         "an image": _entries(data / "images"),
         "something half-made": [p for p in _entries(data / "tmp") if _changed(p) < old],
     }
@@ -148,6 +152,7 @@ def _stray_files(
         "a VM's sockets": lambda path: path.name in records.vms,
         "a layer of a volume": lambda path: path.name.removesuffix(".qcow2") in records.layers,
         "a template": lambda path: path.name in records.templates,
+        "an export": lambda path: path.name in records.exports,
         "an image": lambda path: making or path.name in digests,
         "something half-made": lambda path: making,
     }

@@ -7,6 +7,7 @@ import asyncio
 import structlog
 
 from undercroft.host.environment import Environment
+from undercroft.host.exports import sweep_exports
 from undercroft.host.fetching import downloads
 from undercroft.host.templates import collect_templates
 from undercroft.host.volume_clone import collect_clones
@@ -22,6 +23,7 @@ INTERVAL = 300.0  # seconds
 KEEP_TASKS = 1_000
 KEEP_EVENTS = 10_000
 KEEP_REVISIONS = 20_000
+KEEP_EXPORTS = 86400.0  # seconds that an export waits to be fetched
 KEEP_DOWNLOADS = 7 * 86400.0  # seconds that the part of a file waits for its download to go on
 BATCH = 500
 
@@ -49,5 +51,6 @@ async def tidy(environment: Environment) -> None:
     await store.compact(KEEP_REVISIONS)
     await collect_templates(environment)
     await collect_clones(environment)
+    await sweep_exports(environment, environment.clock() - KEEP_EXPORTS)
     since = environment.clock() - KEEP_DOWNLOADS
     await asyncio.to_thread(sweep_downloads, downloads(environment), since)

@@ -23,6 +23,7 @@ from undercroft.model.errors import (
     UndercroftError,
 )
 from undercroft.model.event import Event, EventLevel
+from undercroft.model.export import Export
 from undercroft.model.image import Image
 from undercroft.model.task import Task, TaskState, TaskStatus
 from undercroft.model.vm import VM, VMState
@@ -38,7 +39,7 @@ from undercroft.store.interface import (
     update,
 )
 
-R = TypeVar("R", VM, Image, Volume)
+R = TypeVar("R", VM, Image, Volume, Export)
 
 log = structlog.get_logger(__name__)
 

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from pathlib import Path
 
 from undercroft.host.environment import Environment
+from undercroft.host.exports import read_export
 from undercroft.host.usage import measure
 from undercroft.host.volume_check import check_volumes
 from undercroft.hypervisor.console import read_log
@@ -150,6 +151,10 @@ class LocalHost:
     async def catalogue(self) -> dict[str, CatalogueEntry]:
         """The images that can be fetched by name."""
         return await asyncio.to_thread(load_catalogue, self._environment.data / FILE_NAME)
+
+    def read_export(self, path: Path, start: int, end: int) -> AsyncIterator[bytes]:
+        """The bytes of a finished file of an export."""
+        return read_export(path, start, end)
 
     def upload_path(self, name: str) -> Path:
         """A fresh path for content that is being sent."""

@@ -13,13 +13,14 @@ import structlog
 from undercroft.host.environment import Environment
 from undercroft.host.outcome import TaskRun, finish, unexpected
 from undercroft.model.errors import CancelledTaskError, UndercroftError
+from undercroft.model.export import Export
 from undercroft.model.image import Image
 from undercroft.model.task import Task
 from undercroft.model.volume import Volume
 
 log = structlog.get_logger(__name__)
 
-R = TypeVar("R", Image, Volume)
+R = TypeVar("R", Image, Volume, Export)
 
 RETRY_INTERVAL = 5.0  # seconds after a fault of our own before the same is tried again
 

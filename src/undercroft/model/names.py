@@ -20,6 +20,7 @@ PREFIX = {
     "snapshot": "snap",
     "template": "tpl",
     "image": "img",
+    "export": "exp",
     "task": "task",
     "event": "ev",
     "host": "host",

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from undercroft.model.base import Meta, Record, Ref
 from undercroft.model.errors import BusyError, NotFoundError, StaleError
 from undercroft.model.event import Event, EventLevel
+from undercroft.model.export import Export
 from undercroft.model.image import Image
 from undercroft.model.names import is_id, new_id
 from undercroft.model.task import Task, TaskSpec
@@ -28,6 +29,7 @@ _HINTS = {
     "image": "see what exists with: croft image ls",
     "volume": "see what exists with: croft volume ls",
     "template": "see what exists with: croft template ls",
+    "export": "they are removed once they were fetched: export it again",
     "task": "see what exists with: croft task ls",
     "host": "see what exists with: croft host show",
 }
@@ -89,7 +91,7 @@ def check_unchanged(found: Versioned[Any], if_match: int | None) -> None:
         )
 
 
-def check_queue(record: VM | Image | Volume) -> None:
+def check_queue(record: VM | Image | Volume | Export) -> None:
     """Does nothing while the object's queue of tasks has room.
 
     Raises:
@@ -143,7 +145,9 @@ def new_event(
     )
 
 
-async def pending(store: Store, record: VM | Image | Volume, verbs: Sequence[str]) -> Task | None:
+async def pending(
+    store: Store, record: VM | Image | Volume | Export, verbs: Sequence[str]
+) -> Task | None:
     """The last waiting or running task of the object, if it is one of these verbs.
 
     Asking for the same thing twice gives the same task, so that a request can be repeated.

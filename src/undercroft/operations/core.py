@@ -9,6 +9,7 @@ from undercroft.model.host import Host
 from undercroft.model.requests import CheckReport, VMSample
 from undercroft.operations.access import Caller
 from undercroft.operations.context import Context, find
+from undercroft.operations.exports import ExportOperations
 from undercroft.operations.images import ImageOperations
 from undercroft.operations.snapshots import SnapshotOperations
 from undercroft.operations.tasks import TaskOperations
@@ -86,6 +87,7 @@ class Operations:
         self.vms = VMOperations(context)
         self.snapshots = SnapshotOperations(context)
         self.templates = TemplateOperations(context)
+        self.exports = ExportOperations(context)
         self.images = ImageOperations(context)
         self.volumes = VolumeOperations(context)
         self.tasks = TaskOperations(context)

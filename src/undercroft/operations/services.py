@@ -85,6 +85,9 @@ class HostServices(Protocol):
         """The images that can be fetched by name; `DataError` if the user's file of them makes no
         sense."""
 
+    def read_export(self, path: Path, start: int, end: int) -> AsyncIterator[bytes]:
+        """The bytes of a finished file of an export, from ``start`` up to ``end``."""
+
     def upload_path(self, name: str) -> Path:
         """A fresh path in the data directory for content that is being sent (`ImageSourceKind`
         UPLOAD); removed by the agent once imported, or at its next start."""

@@ -40,6 +40,7 @@ _SUBDIRECTORIES = {
     "images": 0o711,
     "volumes": 0o711,
     "templates": 0o700,
+    "exports": 0o700,
     "vms": 0o711,
     "cache": 0o700,
     "tmp": 0o711,
@@ -118,6 +119,16 @@ class DataDirectory:
         return self.path / "templates"
 
     @property
+    def exports(self) -> Path:
+        """What was exported and waits to be fetched."""
+        return self.path / "exports"
+
+    @property
+    def uploads(self) -> Path:
+        """What is being sent; survives a restart, so that it can go on."""
+        return self.path / "cache" / "uploads"
+
+    @property
     def vms(self) -> Path:
         """What VMs keep besides their disks."""
         return self.path / "vms"
@@ -143,6 +154,10 @@ class DataDirectory:
     def template(self, template: str) -> Path:
         """What belongs to a template besides the layers of its disks."""
         return self.path / "templates" / _id(template)
+
+    def export(self, export: str) -> Path:
+        """The files of an export (by id)."""
+        return self.exports / _id(export)
 
     def layer(self, layer: str) -> Path:
         """The file of a layer of a volume (by id)."""

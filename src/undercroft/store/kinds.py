@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from undercroft.model.base import Record
 from undercroft.model.event import Event
+from undercroft.model.export import Export
 from undercroft.model.host import Host
 from undercroft.model.image import Image
 from undercroft.model.layer import Layer
@@ -14,5 +15,6 @@ from undercroft.model.vm import VM
 from undercroft.model.volume import Volume
 
 KINDS: dict[str, type[Record]] = {
-    cls.kind: cls for cls in (VM, Volume, Layer, Snapshot, Template, Image, Task, Event, Host)
+    cls.kind: cls
+    for cls in (VM, Volume, Layer, Snapshot, Template, Image, Export, Task, Event, Host)
 }

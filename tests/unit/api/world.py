@@ -131,6 +131,11 @@ class FakeHost:
     async def catalogue(self) -> dict[str, CatalogueEntry]:
         return load_catalogue()
 
+    async def read_export(self, path: Path, start: int, end: int) -> AsyncIterator[bytes]:
+        content = path.read_bytes()[start:end]
+        for at in range(0, len(content), 50_000):
+            yield content[at : at + 50_000]
+
     def upload_path(self, name: str) -> Path:
         return self.tmp / f"upload-{secrets.token_hex(8)}"
 

@@ -107,6 +107,9 @@ class Services:
     async def catalogue(self) -> dict[str, CatalogueEntry]:
         return {}
 
+    def read_export(self, path: Path, start: int, end: int) -> AsyncIterator[bytes]:
+        raise NotImplementedError
+
     def upload_path(self, name: str) -> Path:
         return self._tmp / f"upload-{new_id('image').removeprefix('img-')}"
 

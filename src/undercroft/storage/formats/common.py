@@ -30,10 +30,11 @@ class Inspected:
 
 @dataclass(frozen=True)
 class Image:
-    """An open image file and its size in bytes."""
+    """An image of ``size`` bytes, which begins at ``start`` of an open file."""
 
     fd: int
     size: int
+    start: int = 0
 
     def read(self, offset: int, length: int, what: str) -> bytes:
         """Exactly ``length`` bytes.
@@ -43,10 +44,14 @@ class Image:
         """
         if offset < 0 or length < 0 or offset + length > self.size:
             raise refuse(f"its {what} lies outside of the file (is it truncated?)")
-        data = os.pread(self.fd, length, offset)
+        data = os.pread(self.fd, length, self.start + offset)
         if len(data) != length:
             raise refuse(f"its {what} cannot be read: the file is changing")
         return data
+
+    def peek(self, offset: int, most: int) -> bytes:
+        """Up to ``most`` bytes, fewer where the image ends."""
+        return os.pread(self.fd, max(0, min(most, self.size - offset)), self.start + offset)
 
     def unpack(self, layout: str, offset: int, what: str) -> tuple[Any, ...]:
         """Fields as of `struct`, from an offset in the file."""

@@ -28,8 +28,8 @@ _ARCHIVES = {
 }
 
 
-def recognise(fd: int) -> DiskFormat:
-    """The format of an open file by its magic number.
+def recognise(fd: int, start: int = 0) -> DiskFormat:
+    """The format of an image that begins at ``start`` of an open file, by its magic number.
 
     Raw has none: a raw disk could begin with whatever the guest wrote there, so it has to be stated
     (CVE-2008-2004 and many since are about guessing here).
@@ -37,7 +37,7 @@ def recognise(fd: int) -> DiskFormat:
     Raises:
         InvalidError: no magic number is known, or it is a compressed file.
     """
-    head = os.pread(fd, 512, 0)
+    head = os.pread(fd, 512, start)
     if qcow2.is_qcow2(head):
         return DiskFormat.QCOW2
     if head.startswith((vmdk.MAGIC, vmdk.DESCRIPTOR)):
@@ -59,14 +59,18 @@ def recognise(fd: int) -> DiskFormat:
     )
 
 
-def inspect(fd: int, format: DiskFormat, limits: Limits) -> Inspected:
-    """Checks an open image of a stated format. Blocks.
+def inspect(
+    fd: int, format: DiskFormat, limits: Limits, span: tuple[int, int] | None = None
+) -> Inspected:
+    """Checks an open image of a stated format. Blocks. ``span``: offset and length of the part of
+    the file that is the image.
 
     Raises:
         HostileImageError: it is not in that format, malformed, beyond a limit, or refers to
             anything outside of itself.
     """
-    image = Image(fd, os.fstat(fd).st_size)
+    start, length = span or (0, os.fstat(fd).st_size)
+    image = Image(fd, length, start)
     if image.size == 0:
         raise refuse("the file is empty")
     try:

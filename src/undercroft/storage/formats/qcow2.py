@@ -21,6 +21,16 @@ _COMPRESSED = 1 << 62
 _ZERO = 1
 
 
+def stays_inside(header: bytes) -> bool:
+    """Whether a file of ours that begins with these bytes (104 or more) is qcow2 and has its data
+    in itself. What it lies on is not looked at: that is stated elsewhere."""
+    if len(header) < 80 or not header.startswith(MAGIC):
+        return False
+    (version,) = struct.unpack_from(">I", header, 4)
+    features = struct.unpack_from(">Q", header, 72)[0] if version >= 3 else 0
+    return version in (2, 3) and not features & _DATA_FILE
+
+
 def inspect(image: Image, limits: Limits) -> Inspected:
     """Checks the header and every table that leads to data.
 

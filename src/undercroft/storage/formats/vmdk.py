@@ -38,7 +38,20 @@ def inspect(image: Image, limits: Limits) -> Inspected:
     return Inspected(capacity * _SECTOR, capacity * _SECTOR)
 
 
-def _check_header(image: Image, offset: int, limits: Limits) -> int:
+def inspect_extent(image: Image, limits: Limits) -> int:
+    """Checks one extent of a disk in several files, which has no descriptor of its own; its size
+    in bytes.
+
+    Raises:
+        HostileImageError: malformed, or compressed.
+    """
+    if _check_header(image, 0, limits, alone=False) == _AT_END:
+        raise refuse("an extent of it is a stream of its own")
+    (capacity,) = image.unpack("<Q", 12, "header")
+    return int(capacity) * _SECTOR
+
+
+def _check_header(image: Image, offset: int, limits: Limits, alone: bool = True) -> int:
     """Checks a header or footer; returns where it says that the grain directory is (sectors)."""
     magic, version, _flags, capacity, grain, start, length, entries = image.unpack(
         "<4sIIQQQQI", offset, "header"
@@ -56,7 +69,7 @@ def _check_header(image: Image, offset: int, limits: Limits) -> int:
         raise refuse("its header is malformed")
     if directory != _AT_END and directory * _SECTOR >= image.size:
         raise refuse("its grain directory lies outside of the file (is it truncated?)")
-    if start == 0 and offset == 0:
+    if start == 0 and offset == 0 and alone:
         raise refuse("it has no descriptor")
     if start:
         _check_descriptor(image, start * _SECTOR, length * _SECTOR)

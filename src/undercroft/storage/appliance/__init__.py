@@ -1,0 +1,1 @@
+"""Whole VMs in files: OVF descriptors, manifests, and the archives they travel in."""
