@@ -47,6 +47,7 @@ def test_made_from_nothing(path: Path):
         "images": 0o711,
         "volumes": 0o711,
         "templates": 0o700,
+        "exports": 0o700,
         "vms": 0o711,
         "cache": 0o700,
         "tmp": 0o711,
