@@ -318,9 +318,10 @@ class VMActor:
         self._exit.add_done_callback(lambda _: self.wake())
         self._observer.watch(machine, quietly=quietly)
 
-    def look(self) -> None:
-        """Has the guest agent of a machine that was taken quietly looked at from now on."""
-        self._observer.look()
+    def look(self, *, later: bool = False) -> None:
+        """Has the guest agent of a machine that was taken quietly looked at from now on; ``later``:
+        when others that are forked just now are there."""
+        self._observer.look(later=later)
 
     def in_background(self, work: Coroutine[Any, Any, None]) -> None:
         """Does something for the machine that nobody waits for; it ends with the machine."""

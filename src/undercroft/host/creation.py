@@ -16,8 +16,8 @@ from undercroft.host.layers import collect_layers, head_layer, make_layer, volum
 from undercroft.host.outcome import TaskRun, change_status, write
 from undercroft.host.planning import plan_ports
 from undercroft.host.templates import collect_templates
-from undercroft.hypervisor.machine import RunState
-from undercroft.model.errors import QmpError, TimeLimitError
+from undercroft.hypervisor.machine import QemuMachine, RunState
+from undercroft.model.errors import QmpError, TimeLimitError, UndercroftError
 from undercroft.model.requests import CloneMode
 from undercroft.model.snapshot import Snapshot
 from undercroft.model.vm import VM, Identity, Power, VMState
@@ -37,7 +37,11 @@ async def create(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
         vm = change_status(vm, uid=uid)
         await in_thread(lambda _: _make_directories(environment, vm.meta.id))
     if "template" in run.arguments:
-        return await _clone(actor, vm, run)
+        environment.forks += 1
+        try:
+            return await _clone(actor, vm, run)
+        finally:
+            environment.forks -= 1
     if vm.status.state is VMState.CREATING:
         for disk in vm.spec.disks:
             await run.progress(None, "making the disk")
@@ -102,10 +106,13 @@ async def _clone(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
             await actor.machine.publish(plan_ports(vm))
         except (QmpError, TimeLimitError) as error:  # it goes on without
             message = error.message
-        actor.look()
+        answers = await _answers(actor.machine, vm)
+        actor.look(later=True)
         if steps is not None:
             actor.in_background(see_to_the_rest(actor.machine, steps.facts))
-        outcome.change = lambda record: change_status(individual(record, shares), message=message)
+        outcome.change = lambda record: change_status(
+            individual(record, shares), message=message, agent=answers
+        )
         outcome.result["pid"] = actor.machine.instance.pid
     elif not instant and run.arguments.get("start") and vm.spec.power is Power.RUNNING:
         started = await power.start(actor, vm, run)
@@ -113,6 +120,18 @@ async def _clone(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
     outcome.result["vm"] = vm.meta.id
     outcome.after = partial(collect_templates, environment)
     return outcome
+
+
+async def _answers(machine: QemuMachine, vm: VM) -> bool | None:
+    """Whether the agent of a clone answers, by its new name; None: it has none."""
+    agent = machine.agent
+    if agent is None or agent.channel.present is False:
+        return None
+    try:
+        name = await agent.host_name()
+    except UndercroftError:
+        return False
+    return name == (vm.spec.guest.hostname or vm.meta.name)
 
 
 async def _choose_uid(environment: Environment, vm: VM) -> int | None:

@@ -51,6 +51,8 @@ class Environment:
     templates: asyncio.Condition = field(default_factory=asyncio.Condition)
     """Notified when a template is finished or given up."""
     usage: Usage = field(default_factory=Usage)
+    forks: int = 0
+    """Guests that are being forked just now."""
     closing: bool = False
     _emulators: dict[str, Emulator] = field(default_factory=dict)
 

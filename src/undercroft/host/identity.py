@@ -7,6 +7,8 @@ any translated code needs for some thirty calls.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import re
 import secrets
 import struct
@@ -17,7 +19,7 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from undercroft.hypervisor.helper import Batch, Result, start_script
+from undercroft.hypervisor.helper import Batch, GuestHelper, Result, start_script
 from undercroft.hypervisor.machine import QemuMachine
 from undercroft.model.base import Model
 from undercroft.model.errors import UndercroftError
@@ -26,6 +28,7 @@ from undercroft.model.vm import VM
 __all__ = [
     "GuestFacts",
     "Steps",
+    "leave",
     "plan_steps",
     "prepare",
     "read_facts",
@@ -36,16 +39,19 @@ __all__ = [
 log = structlog.get_logger(__name__)
 
 _FACTS = "guest.json"  # beside the frozen memory: what `prepare` found out
+_REST_AFTER = 3.0  # seconds: each program that ends or begins in a new clone takes it a while
 PREPARATION = 30.0  # seconds for the source's guest to start it
 _MAX_HOSTS = 8 << 10  # bytes of /etc/hosts that are worth looking through
 
 # Numbers and constants of x86-64 Linux: asm/unistd_64.h, fcntl.h, linux/random.h, linux/sockios.h.
-_WRITE, _OPEN, _CLOSE, _IOCTL, _SOCKET = 1, 2, 3, 16, 41
-_RENAME, _UNLINK, _SYMLINK, _MOUNT, _SETHOSTNAME, _CLOCK_SETTIME = 82, 87, 88, 165, 170, 227
+_WRITE, _OPEN, _CLOSE, _IOCTL, _PWRITE, _SOCKET = 1, 2, 3, 16, 18, 41
+_RENAME, _UNLINK, _SYMLINK, _MOUNT, _UMOUNT, _SETHOSTNAME = 82, 87, 88, 165, 166, 170
+_CLOCK_SETTIME = 227
 _O_WRONLY, _O_CREAT, _O_TRUNC, _O_CLOEXEC = 0o1, 0o100, 0o1000, 0o2000000
-_MS_BIND = 4096
+_MS_BIND, _MNT_DETACH = 4096, 2
 _RNDADDENTROPY, _RNDRESEEDCRNG = 0x40085203, 0x5207
 _SIOCSIFHWADDR, _ARPHRD_ETHER = 0x8924, 1
+_BOOT_FILE = b"/run/.undercroft-boot-id\0"
 _BOOT_ID = b"/proc/sys/kernel/random/boot_id\0"
 _SEED = 64  # bytes of new randomness
 
@@ -53,6 +59,7 @@ _LOOK = r"""
 PATH=/usr/sbin:/usr/bin:/sbin:/bin
 exec 2>/dev/null
 read -r name < /proc/sys/kernel/hostname; echo "hostname $name"
+read -r boot < /proc/sys/kernel/random/boot_id; echo "boot $boot"
 for net in /sys/class/net/*; do
   read -r mac < "$net/address" && echo "interface ${net##*/} $mac"
 done
@@ -80,9 +87,18 @@ systemctl --no-block try-restart systemd-journald
 class GuestFacts(Model, frozen=True, kw_only=True):
     """What a guest was like when it was frozen. ``interfaces`` maps MAC addresses to names;
     ``files`` are those of `_LOOK` that exist; ``keys`` SSH host keys, ``cloud`` the directory of
-    cloud-init's instance, ``hosts`` the content of /etc/hosts."""
+    cloud-init's instance, ``hosts`` the content of /etc/hosts.
+
+    ``program`` is the helper's file. ``random``, ``socket`` and ``boot_id`` are descriptors that the helper has open: the random
+    number device, a socket, and the file that lies over the kernel's boot id.
+    """
 
     hostname: str = ""
+    program: str = ""
+    boot: str = ""
+    random: int = -1
+    socket: int = -1
+    boot_id: int = -1
     interfaces: dict[str, str] = {}
     files: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
@@ -107,9 +123,45 @@ async def prepare(machine: QemuMachine) -> GuestFacts | None:
         machine.close_helper()
         return None
     facts = parse(found.stdout.decode(errors="replace"))
-    if facts is None:
-        machine.close_helper()
-    return facts
+    if facts is not None and machine.helper is not None:
+        with contextlib.suppress(UndercroftError):
+            return await _hold(machine.helper, facts)
+    machine.close_helper()
+    return None
+
+
+async def _hold(helper: GuestHelper, facts: GuestFacts) -> GuestFacts:
+    """Has the helper open beforehand what clones will need. The boot id is the same as before, but
+    comes from a file from now on."""
+    batch = Batch()
+    random = batch.call(_OPEN, b"/dev/urandom\0", _O_WRONLY | _O_CLOEXEC)
+    socket = batch.call(_SOCKET, 2, 2 | _O_CLOEXEC, 0)
+    boot = batch.call(_OPEN, _BOOT_FILE, _O_WRONLY | _O_CREAT | _O_TRUNC | _O_CLOEXEC, 0o444)
+    content = f"{facts.boot}\n".encode()
+    batch.call(_WRITE, boot, content, len(content))
+    bound = batch.call(_MOUNT, _BOOT_FILE, _BOOT_ID, b"none\0", _MS_BIND, 0)
+    batch.call(_UNLINK, _BOOT_FILE)
+    batch.call(_UNLINK, facts.program.encode() + b"\0")
+    await helper.send(batch)
+    results = await helper.receive(batch, PREPARATION)
+    return msgspec.structs.replace(
+        facts,
+        random=results[random.call],
+        socket=results[socket.call],
+        boot_id=results[boot.call] if _fine(results[bound.call]) else -1,
+    )
+
+
+async def leave(machine: QemuMachine, facts: GuestFacts | None) -> None:
+    """Leaves a guest that `prepare` was done to as it was."""
+    helper = machine.helper
+    if helper is not None and facts is not None and facts.boot_id >= 0:
+        batch = Batch()
+        batch.call(_UMOUNT, _BOOT_ID, _MNT_DETACH)
+        with contextlib.suppress(UndercroftError):
+            await helper.send(batch)
+            await helper.receive(batch, PREPARATION)
+    machine.close_helper()
 
 
 def parse(text: str) -> GuestFacts | None:
@@ -128,6 +180,8 @@ def parse(text: str) -> GuestFacts | None:
     hosts = "".join(f"{line}\n" for line in values.get("hosts", ()))
     return GuestFacts(
         hostname=values.get("hostname", [""])[0],
+        program=values["helper"][0],
+        boot=values.get("boot", [""])[0],
         interfaces=interfaces,
         files=tuple(values.get("file", ())),
         keys=tuple(key for key in values.get("key", ()) if key.startswith("/etc/ssh/")),
@@ -167,13 +221,11 @@ class Steps:
         """If the call does not return what is ``good``, ``share`` is still shared."""
         self._wanted.append((result, good, share))
 
-    def put(
-        self, path: str, content: str | bytes, share: str | None = None, mode: int | None = None
-    ) -> None:
-        """Writes a file; with ``mode`` also one that is not there."""
-        data = content.encode() if isinstance(content, str) else content
-        flags = _O_WRONLY | _O_TRUNC | _O_CLOEXEC | (_O_CREAT if mode is not None else 0)
-        file = self.batch.call(_OPEN, path.encode() + b"\0", flags, mode or 0)
+    def put(self, path: str, content: str, share: str | None = None) -> None:
+        """Writes a file anew, if it is there."""
+        data = content.encode()
+        flags = _O_WRONLY | _O_TRUNC | _O_CLOEXEC
+        file = self.batch.call(_OPEN, path.encode() + b"\0", flags)
         written = self.batch.call(_WRITE, file, data, len(data))
         self.batch.call(_CLOSE, file)
         if share is not None:
@@ -199,11 +251,9 @@ def plan_steps(
     name = vm.spec.guest.hostname or vm.meta.name
     seconds = struct.pack("<qq", int(now), int(now % 1 * 1e9))
     call(_CLOCK_SETTIME, 0, seconds)
-    random = call(_OPEN, b"/dev/urandom\0", _O_WRONLY | _O_CLOEXEC)
     seed = struct.pack("<ii", _SEED * 8, _SEED) + secrets.token_bytes(_SEED)
-    call(_IOCTL, random, _RNDADDENTROPY, seed)
-    reseeded = call(_IOCTL, random, _RNDRESEEDCRNG, 0)
-    call(_CLOSE, random)
+    call(_IOCTL, facts.random, _RNDADDENTROPY, seed)
+    reseeded = call(_IOCTL, facts.random, _RNDRESEEDCRNG, 0)
     steps.must(reseeded, "random numbers (for a minute)", _fine)
     renamed = call(_SETHOSTNAME, name.encode(), len(name.encode()))
     steps.must(renamed, "hostname", _fine)
@@ -213,18 +263,16 @@ def plan_steps(
         share = None if is_name else "machine-id"
         steps.put(path, f"{name if is_name else identity}\n", share)
     _rename_hosts(steps, facts, name)
-    steps.put("/run/undercroft-boot-id", f"{uuid.uuid4()}\n", mode=0o444)
-    bound = call(_MOUNT, b"/run/undercroft-boot-id\0", _BOOT_ID, b"none\0", _MS_BIND, 0)
-    steps.must(bound, "boot id", _fine)
-    if macs:
-        socket = call(_SOCKET, 2, 2 | _O_CLOEXEC, 0)
-        for old, new in macs.items():
-            interface = facts.interfaces.get(old.lower())
-            if interface is not None:
-                address = bytes.fromhex(new.replace(":", ""))
-                request = struct.pack("<16sH6s16x", interface.encode(), _ARPHRD_ETHER, address)
-                steps.must(call(_IOCTL, socket, _SIOCSIFHWADDR, request), "MAC address", _fine)
-        call(_CLOSE, socket)
+    boot = f"{uuid.uuid4()}\n".encode()
+    written = call(_PWRITE, facts.boot_id, boot, len(boot), 0)
+    steps.must(written, "boot id", _fine)
+    for old, new in macs.items():
+        interface = facts.interfaces.get(old.lower())
+        if interface is not None:
+            address = bytes.fromhex(new.replace(":", ""))
+            request = struct.pack("<16sH6s16x", interface.encode(), _ARPHRD_ETHER, address)
+            changed = call(_IOCTL, facts.socket, _SIOCSIFHWADDR, request)
+            steps.must(changed, "MAC address", _fine)
     _renew_keys(steps, facts, keys)
     if facts.cloud is not None:
         new = str(Path(facts.cloud).with_name(vm.meta.id))
@@ -258,6 +306,8 @@ def _renew_keys(steps: Steps, facts: GuestFacts, keys: Mapping[str, str]) -> Non
 
 
 async def see_to_the_rest(machine: QemuMachine, facts: GuestFacts) -> None:
-    """What is of no hurry: for guests with services that hold on to what was changed."""
+    """What is of no hurry: the end of the helper, and services that hold on to what was changed."""
+    await asyncio.sleep(_REST_AFTER)
+    machine.close_helper()
     if machine.agent is not None and (facts.systemd or facts.keys):
         await machine.agent.exec(["/bin/sh"], input=_REST.encode(), timeout=300.0)

@@ -126,8 +126,6 @@ async def make_individual(
             return steps.shares(await helper.receive(steps.batch, HELPER_PATIENCE))
         except UndercroftError as error:
             log.warning("the helper does nothing", vm=vm.meta.name, error=error.message)
-        finally:
-            machine.close_helper()
     agent = machine.agent
     if agent is None or agent.channel.present is False:
         return ALL_SHARED

@@ -23,6 +23,7 @@ log = structlog.get_logger(__name__)
 
 FIRST_LOOKS = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between looks while there is no address
 STEADY_LOOK = 30.0
+FORK_LOOK, FORK_LOOKS = 1.0, 30  # seconds, and how often at most others are waited for
 ROOM_NEEDED = 256 << 20  # bytes, or a tenth, that must be free before a VM goes on
 ROOM_LOOK = 5.0
 
@@ -48,10 +49,22 @@ class Observer:
         if machine.run_state is RunState.IO_ERROR:  # it was so before we looked
             self.spawn(self._go_on_when_there_is_room(machine))
 
-    def look(self) -> None:
-        """Begins to look at the guest agent."""
+    def look(self, *, later: bool = False) -> None:
+        """Begins to look at the guest agent; ``later``: not while guests are being forked, which
+        have more need of the processors."""
+        if later:
+            self.spawn(self._look_later())
+            return
         self._quiet = False
         self._look_at_agent()
+
+    async def _look_later(self) -> None:
+        await asyncio.sleep(FORK_LOOK)
+        for _ in range(FORK_LOOKS):
+            if not self._environment.forks:
+                break
+            await asyncio.sleep(FORK_LOOK)
+        self.look()
 
     def close(self) -> None:
         """Stops watching."""

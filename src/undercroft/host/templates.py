@@ -15,7 +15,7 @@ import structlog
 
 from undercroft.host.actor import Outcome, VMActor
 from undercroft.host.environment import Environment
-from undercroft.host.identity import prepare, write_facts
+from undercroft.host.identity import leave, prepare, write_facts
 from undercroft.host.layers import collect_layers
 from undercroft.host.outcome import TaskRun, change_status
 from undercroft.host.snapshot_files import copy_besides
@@ -126,7 +126,7 @@ async def _snapshot(
     try:
         return await taken(actor, vm, run)
     finally:
-        machine.close_helper()
+        await leave(machine, facts)
 
 
 async def _disks(environment: Environment, vm: VM, snapshot: Snapshot) -> tuple[TemplateDisk, ...]:

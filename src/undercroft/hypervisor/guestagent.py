@@ -82,6 +82,10 @@ class _Interface(msgspec.Struct):
     statistics: _Traffic | None = None
 
 
+class _HostName(msgspec.Struct):
+    name: str = msgspec.field(name="host-name")
+
+
 class GuestAgent:
     """Client of one guest's agent. One command at a time; connects when first needed.
 
@@ -122,6 +126,10 @@ class GuestAgent:
         except (GuestAgentError, TimeLimitError):
             return False
         return True
+
+    async def host_name(self) -> str:
+        """What the guest calls itself."""
+        return (await self._call("guest-get-host-name", None, _HostName)).name[:256]
 
     async def exec(
         self,

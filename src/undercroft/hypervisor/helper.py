@@ -29,7 +29,7 @@ _RESULT = struct.Struct("<q56x")
 _MASK = (1 << 64) - 1
 
 # In the guest: finds the port, puts the program where programs may be executed, and starts it there
-# with the port as its standard input. It has no name any more then.
+# with the port as its standard input. (Its file goes with the first batch: only then has it begun.)
 _START = r"""
 for entry in /sys/class/virtio-ports/*; do
   [ -e "$entry/name" ] && read -r name < "$entry/name" && [ "$name" = {port} ] || continue
@@ -38,8 +38,7 @@ for entry in /sys/class/virtio-ports/*; do
     (umask 077; printf '{octal}' > "$program" && chmod 700 "$program") || continue
     if "$program" < /dev/null; then
       (exec "$program" <> "/dev/${{entry##*/}}" > /dev/null &)
-      rm -f "$program"
-      echo "helper waits"
+      echo "helper $program"
       break
     fi
     rm -f "$program"
@@ -55,7 +54,7 @@ def program() -> bytes:
 
 
 def start_script() -> str:
-    """A part of a shell script that starts the helper, and prints ``helper waits`` if it does."""
+    """A part of a shell script that starts the helper, and prints ``helper PATH`` if it does."""
     octal = "".join(f"\\{byte:03o}" for byte in program())
     return _START.format(port=HELPER_PORT, octal=octal)
 

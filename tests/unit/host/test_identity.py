@@ -13,6 +13,7 @@ from undercroft.model.base import Meta
 from undercroft.model.vm import VM, VMSpec
 
 SEEN = """hostname web1
+boot 9b3a
 interface eth0 52:54:00:9e:36:a8
 interface lo 00:00:00:00:00:00
 interface bad nonsense
@@ -25,7 +26,7 @@ cloud /var/lib/cloud/instances/vm-1
 systemd
 hosts 127.0.0.1 localhost
 hosts 127.0.1.1 web1 web1.local web10
-helper waits
+helper /run/.undercroft-helper
 """
 
 
@@ -46,12 +47,12 @@ def test_what_the_guest_says_is_read() -> None:
 
 
 def test_without_a_helper_there_is_nothing_to_plan_with() -> None:
-    assert parse(SEEN.replace("helper waits\n", "")) is None
+    assert parse(SEEN.replace("helper /run/.undercroft-helper\n", "")) is None
 
 
 @given(st.text(max_size=300))
 def test_nonsense_from_the_guest_does_no_harm(text: str) -> None:
-    facts = parse(text + "\nhelper waits\n")
+    facts = parse(text + "\nhelper /run/.undercroft-helper\n")
     assert facts is not None
     plan_steps(vm(), facts, {"52:54:00:9e:36:a8": "52:54:00:00:00:01"}, {}, 1.0).batch.encode()
 
