@@ -89,8 +89,9 @@ class GuestFacts(Model, frozen=True, kw_only=True):
     ``files`` are those of `_LOOK` that exist; ``keys`` SSH host keys, ``cloud`` the directory of
     cloud-init's instance, ``hosts`` the content of /etc/hosts.
 
-    ``program`` is the helper's file. ``random``, ``socket`` and ``boot_id`` are descriptors that the helper has open: the random
-    number device, a socket, and the file that lies over the kernel's boot id.
+    ``program`` is the helper's file. ``random``, ``socket`` and ``boot_id`` are descriptors that
+    the helper has open: the random number device, a socket, and the file that lies over the
+    kernel's boot id.
     """
 
     hostname: str = ""

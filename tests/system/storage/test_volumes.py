@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from undercroft.model.errors import DataCorruptError, DataError, NoSpaceError, ProgramError
+from undercroft.model.errors import DataCorruptError, DataError, InvalidError, NoSpaceError
 from undercroft.storage.volumes import check_volume, create_volume, volume_info
 
 MiB = 1 << 20
@@ -86,7 +86,7 @@ async def test_nothing_is_left_when_it_cannot_be_made(tmp: Path):
     path = tmp.parent / "volumes/vol-5.qcow2"
     with pytest.raises(DataError, match=r"missing\.qcow2 is gone"):
         await create_volume(path, MiB, base=(tmp / "missing.qcow2", "qcow2"), tmp=tmp)
-    with pytest.raises(ProgramError):
+    with pytest.raises(InvalidError, match="too large"):
         await create_volume(path, 1 << 63, tmp=tmp)
     assert not path.exists()
     assert list(tmp.iterdir()) == []

@@ -10,10 +10,13 @@ import os
 import struct
 from pathlib import Path
 
+from undercroft.model.errors import InvalidError
+
 __all__ = ["CLUSTER", "empty_size", "write_empty"]
 
 CLUSTER = 64 << 10
 _REACH = CLUSTER * (CLUSTER // 8)  # bytes of disk that an L2 table, one cluster, leads to
+_MAX_L1 = 32 << 20  # bytes: QEMU opens no file with a larger L1 table
 _HEADER = 104
 _BACKING_FORMAT = 0xE2792ACA
 _MAX_NAME = 1023
@@ -39,9 +42,15 @@ def write_empty(path: Path, size: int, base: tuple[str, str] | None = None) -> N
     it is longer than the format allows.
 
     Raises:
+        InvalidError: no such file can describe a disk of that size.
         OSError: it cannot be written; FileExistsError: it is there.
     """
     entries, tables = _clusters(size)
+    if entries * 8 > _MAX_L1:
+        raise InvalidError(
+            f"a disk of {size} bytes is too large: qcow2 ends at {_MAX_L1 // 8 * _REACH}",
+            action="ask for a smaller disk",
+        )
     name = os.fsencode(base[0]) if base is not None else b""
     extensions = b""
     if base is not None and 0 < len(name) <= _MAX_NAME:
