@@ -29,6 +29,9 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "createVolume": {"name": "data1", "size": 20 << 30},
     "cloneVolume": {"name": "data2", "full": False},
     "checkVolumes": {"repair": False},
+    "changeVolume": {"iops": 500, "bandwidth": 10 << 20},
+    "attachVolume": {"vm": "web1", "bus": "scsi"},
+    "resizeVolume": {"size": 40 << 30},
     "createImage": {"source": "build", "value": "debian:12"},
     "checkHost": {"repair": False},
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from litestar import Controller, Response, delete, get, post
+from litestar import Controller, Response, delete, get, patch, post
 from litestar.di import NamedDependency
 from litestar.params import FromPath, JSONBody
 
@@ -17,7 +17,14 @@ from undercroft.api.answers import (
     operations,
 )
 from undercroft.api.query import Query
-from undercroft.model.requests import LayerTree, VolumeClone, VolumeCreate
+from undercroft.model.requests import (
+    LayerTree,
+    VolumeAttach,
+    VolumeChange,
+    VolumeClone,
+    VolumeCreate,
+    VolumeResize,
+)
 from undercroft.model.task import Task
 from undercroft.model.volume import Volume
 
@@ -57,6 +64,59 @@ class VolumeController(Controller):
     async def get_volume(self, request: AnyRequest, ref: FromPath[str]) -> Response[Volume]:
         """The volume with this name or id."""
         return answer_record(request, await operations(request).volumes.get(caller(request), ref))
+
+    @patch(
+        "/{ref:str}",
+        operation_id="changeVolume",
+        summary="Limit a volume",
+        status_code=202,
+        responses=errors(404, 409),
+    )
+    async def change_volume(
+        self, request: AnyRequest, ref: FromPath[str], data: JSONBody[VolumeChange]
+    ) -> Response[Task]:
+        """Changes what a guest may do with the volume per second, at once if it runs; 0 takes a
+        limit away."""
+        return answer_task(await operations(request).volumes.set(caller(request), ref, data))
+
+    @post(
+        "/{ref:str}/attach",
+        operation_id="attachVolume",
+        summary="Attach a volume",
+        status_code=202,
+        responses=errors(404, 409, 501, 502),
+    )
+    async def attach_volume(
+        self, request: AnyRequest, ref: FromPath[str], data: JSONBody[VolumeAttach]
+    ) -> Response[Task]:
+        """Gives the volume to a VM, running or not. The task is one of the VM's."""
+        return answer_task(await operations(request).volumes.attach(caller(request), ref, data))
+
+    @post(
+        "/{ref:str}/detach",
+        operation_id="detachVolume",
+        summary="Detach a volume",
+        status_code=202,
+        responses=errors(404, 409, 501, 502, 504),
+    )
+    async def detach_volume(self, request: AnyRequest, ref: FromPath[str]) -> Response[Task]:
+        """Takes the volume away from its VM; a running guest is asked to let go of it, and has 30
+        seconds for that. From then on it stands for itself, and outlives the VM."""
+        return answer_task(await operations(request).volumes.detach(caller(request), ref))
+
+    @post(
+        "/{ref:str}/resize",
+        operation_id="resizeVolume",
+        summary="Make a volume larger",
+        status_code=202,
+        responses=errors(404, 409, 502, 507),
+    )
+    async def resize_volume(
+        self, request: AnyRequest, ref: FromPath[str], data: JSONBody[VolumeResize]
+    ) -> Response[Task]:
+        """To `size` bytes, or larger `by` so many. A running guest sees it at once; snapshots keep
+        the size that they have."""
+        return answer_task(await operations(request).volumes.resize(caller(request), ref, data))
 
     @delete(
         "/{ref:str}",

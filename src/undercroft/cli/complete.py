@@ -171,7 +171,7 @@ def _values(croft: Croft, name: str, action: argparse.Action, given: list[str]) 
     elif name == "clone":
         yield from _vms(croft, name, given)
         yield from _names(croft, "/v1/templates", given)
-    elif metavar == "VOLUME":
+    elif metavar.startswith("VOLUME"):
         yield from _names(croft, "/v1/volumes", given)
     elif metavar == "WHAT":
         from undercroft.cli.fetch import BUILT

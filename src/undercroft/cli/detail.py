@@ -264,9 +264,23 @@ def volume_detail(croft: Croft, volume: Any) -> str:
         ("size", size(dig(volume, "spec.size"))),
         ("on this host", size(dig(volume, "status.allocated"))),
         ("image", _name(croft, "images", dig(volume, "spec.image"))),
-        ("vm", _name(croft, "vms", dig(volume, "spec.vm"))),
+        ("vm", _name(croft, "vms", dig(volume, "spec.attached") or dig(volume, "spec.vm"))),
+        ("limits", _limits(dig(volume, "spec.limits", {}))),
         ("created", local_time(dig(volume, "meta.created", 0))),
         ("id", dig(volume, "meta.id", "")),
     ]
     body = fields(style, [(a, b) for a, b in pairs if b])
     return f"{style.paint(dig(volume, 'meta.name', ''), 'bold')}  {line}\n" + _indent(body)
+
+
+def _limits(limits: Any) -> str:
+    """Of operations and bytes per second."""
+    kinds = ("", ""), ("read_", "of reading"), ("write_", "of writing")
+    found = []
+    for prefix, what in kinds:
+        of = f" {what}" if prefix else ""
+        if iops := dig(limits, f"{prefix}iops"):
+            found.append(f"{iops} operations{of}")
+        if bandwidth := dig(limits, f"{prefix}bandwidth"):
+            found.append(f"{size(bandwidth)}{of}")
+    return f"{', '.join(found)} per second" if found else ""

@@ -6,6 +6,7 @@ import sys
 import time
 
 from undercroft.cli.command import Command, Namespace, Parser, duration, label, size
+from undercroft.cli.disks import disk_size, volume_use
 from undercroft.cli.errors import OK, UsageError
 from undercroft.cli.output import dig, elapsed
 from undercroft.cli.progress import report_failures, wait
@@ -33,6 +34,7 @@ class Run(Command):
     examples = (
         ("croft run tiny --name first", "a Linux of a few megabytes"),
         ("croft run debian:12 --name web1 --cpus 2 --memory 1G --disk 10G", "a full Debian"),
+        ("croft run tiny --disk 10G --disk 5G:scsi --volume data1", "with three disks"),
         ("croft run debian:12 --name web1 --publish 8080:80", "port 8080 here is its port 80"),
         ("croft run debian:12 --user-data cloud.yaml", "with a cloud-init file of yours"),
         ("croft run tiny --network none --console", "no network; look at it boot"),
@@ -46,7 +48,23 @@ class Run(Command):
         shape.add_argument("-n", "--name", help="its name (default: made from the image's)")
         shape.add_argument("-c", "--cpus", type=int, metavar="N", help="virtual CPUs")
         shape.add_argument("-m", "--memory", type=size, metavar="SIZE", help="memory: 512M, 2G")
-        shape.add_argument("-d", "--disk", type=size, metavar="SIZE", help="size of its disk: 10G")
+        shape.add_argument(
+            "-d",
+            "--disk",
+            action="append",
+            type=disk_size,
+            default=[],
+            metavar="SIZE[:BUS]",
+            help="size of its disk: 10G, 10G:nvme; several times: further, empty disks",
+        )
+        shape.add_argument(
+            "--volume",
+            action="append",
+            type=volume_use,
+            default=[],
+            metavar="VOLUME[:BUS][:ro]",
+            help="a volume that it is to have as well; several times",
+        )
         shape.add_argument(
             "--restart", choices=("never", "on-failure", "always"), help="start again by itself?"
         )
@@ -109,7 +127,7 @@ class Run(Command):
         after.add_argument("--detach", action="store_true", help="do not wait; print its name")
 
     def run(self, croft: Croft, args: Namespace) -> int:
-        if args.image is None and args.disk is None:
+        if args.image is None and not args.disk and not args.volume:
             raise UsageError(
                 "croft run needs an IMAGE",
                 "for instance: croft run tiny, croft run debian:12, see croft image ls",
@@ -154,10 +172,19 @@ def _request(args: Namespace) -> dict[str, Any]:
     """The API's VMCreate, but for image and guest."""
     from undercroft.cli.ports import parse_forwards
 
-    names = ["name", "cpus", "memory", "disk", "arch", "machine", "firmware", "accelerator"]
+    names = ["name", "cpus", "memory", "arch", "machine", "firmware", "accelerator"]
     names += ["cpu_model", "display", "kernel_arguments", "restart", "stop_timeout"]
     request: dict[str, Any] = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
     request["start"] = not args.no_start
+    if args.disk:
+        first, *others = args.disk
+        request["disk"] = first["size"]
+        if "bus" in first:
+            request["disk_bus"] = first["bus"]
+        if others:
+            request["disks"] = others
+    if args.volume:
+        request["volumes"] = args.volume
     if args.secure_boot:
         request["secure_boot"] = True
     if args.tpm:

@@ -92,7 +92,8 @@ class Ls(Command):
         }
         table = Table(croft.out, ("NAME", "STATE", ">SIZE", ">ON HOST", "VM", "IMAGE"))
         for volume in volumes:
-            vm, image = dig(volume, "spec.vm", ""), dig(volume, "spec.image", "")
+            vm = dig(volume, "spec.attached") or dig(volume, "spec.vm", "")
+            image = dig(volume, "spec.image", "")
             table.add(
                 dig(volume, "meta.name", ""),
                 dig(volume, "status.state", ""),

@@ -7,7 +7,14 @@ import msgspec
 from undercroft.client.decode import decode
 from undercroft.client.noun import Noun
 from undercroft.client.raw import Raw
-from undercroft.model.requests import LayerTree, VolumeClone, VolumeCreate
+from undercroft.model.requests import (
+    LayerTree,
+    VolumeAttach,
+    VolumeChange,
+    VolumeClone,
+    VolumeCreate,
+    VolumeResize,
+)
 from undercroft.model.task import Task
 from undercroft.model.volume import Volume
 
@@ -27,6 +34,22 @@ class VolumesClient(Noun[Volume]):
             body=msgspec.json.encode(request),
         )
         return decode(response.read(), Task)
+
+    def attach(self, ref: str, request: VolumeAttach) -> Task:
+        """Gives one to a VM, running or not."""
+        return decode(self._request("POST", ref, "/attach", json=request), Task)
+
+    def detach(self, ref: str) -> Task:
+        """Takes one away from its VM, running or not."""
+        return decode(self._request("POST", ref, "/detach"), Task)
+
+    def resize(self, ref: str, request: VolumeResize) -> Task:
+        """Makes one larger; a running guest sees it."""
+        return decode(self._request("POST", ref, "/resize", json=request), Task)
+
+    def set(self, ref: str, change: VolumeChange) -> Task:
+        """Changes its limits, at once if a running guest has it."""
+        return decode(self._request("PATCH", ref, json=change), Task)
 
     def remove(self, ref: str) -> Task:
         """Removes one that no VM has."""

@@ -181,7 +181,7 @@ def _missing_files(environment: Environment, records: _Records) -> Iterator[Chec
         volume = found.record
         path = environment.layer_path(volume.status.head or id)
         making = volume.spec.vm is None and volume.status.state is VolumeState.PENDING
-        if volume.spec.vm not in busy and not volume.tasks and not making and not path.exists():
+        if volume.spec.user not in busy and not volume.tasks and not making and not path.exists():
             yield CheckFinding(
                 code="missing-volume",
                 message=f"the file of {volume.label} is gone: restore it from a backup",

@@ -14,10 +14,11 @@ from pathlib import Path
 import msgspec
 
 from undercroft.host.actor import VMActor
+from undercroft.host.attachments import sized
 from undercroft.host.environment import Environment
 from undercroft.host.identity import Steps, plan_steps, read_facts
 from undercroft.host.individuality import host_keys
-from undercroft.host.layers import make_layer, new_layer, volume_status
+from undercroft.host.layers import get_layer, make_layer, new_layer, volume_status
 from undercroft.host.merging import flatten
 from undercroft.host.outcome import TaskRun
 from undercroft.host.planning import generation_id, make_seed, plan_disks, plan_ports, vm_uuid
@@ -77,7 +78,9 @@ async def _begin_on(
         head = volume.status.head
         await asyncio.to_thread(environment.layer_path(head).unlink, missing_ok=True)
     else:
-        layer = new_layer(environment, volume.spec.size, parent=below)
+        size = max(volume.spec.size, (await get_layer(environment, below)).spec.size)
+        volume = sized(volume, size)  # its source may have grown since it was asked for
+        layer = new_layer(environment, size, parent=below)
         head = layer.meta.id
         await environment.store.transact(
             Transaction(

@@ -7,6 +7,7 @@ from functools import partial
 
 from undercroft.host import power
 from undercroft.host.actor import Outcome, VMActor
+from undercroft.host.attachments import free_attached
 from undercroft.host.cloning import fork, make_clone
 from undercroft.host.environment import UID_BASE, Environment
 from undercroft.host.files import remove_tree
@@ -156,6 +157,9 @@ def _make_directories(environment: Environment, id: str) -> None:
 
 async def _make_volume(environment: Environment, id: str) -> None:
     """Makes a volume's file; does nothing if it is there already."""
+    found = await environment.store.get(Volume, id)
+    if found is not None and found.record.status.state is VolumeState.READY:
+        return
     head = await head_layer(environment, id)
     await make_layer(environment, head)
     taken = await asyncio.to_thread(allocated, environment.layer_path(head))
@@ -177,6 +181,7 @@ async def remove(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
         await actor.exited(None)
         actor.release()
     volumes = await _own_volumes(environment, vm)
+    await free_attached(environment, vm.meta.id)
     await _give_up_layers(environment, vm, volumes)
     await collect_layers(environment)
     await in_thread(lambda _: _remove_files(environment, vm.meta.id))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import structlog
 
+from undercroft.host.attachments import not_attached
 from undercroft.host.outcome import TaskRun, change_spec, change_status, finish, write
 from undercroft.model.errors import UndercroftError
 from undercroft.model.event import EventLevel
@@ -22,6 +23,10 @@ _BESIDE_POWER = (
     "template.create",
     "volume.clone",
     "volume.flatten",
+    "volume.attach",
+    "volume.detach",
+    "volume.resize",
+    "volume.limit",
 )
 
 log = structlog.get_logger(__name__)
@@ -38,6 +43,8 @@ async def settle_failure(
     if verb == "vm.create":
         await _undo_creation(actor, run, error)
         return
+    if verb == "volume.attach":
+        await not_attached(actor.environment, vm, run)
     event = (f"{verb}.cancelled", f"{vm.label}: {verb} was cancelled", EventLevel.INFO)
     if error is not None:
         event = (f"{verb}.failed", f"{vm.label}: {error.message}", EventLevel.ERROR)

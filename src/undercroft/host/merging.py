@@ -16,7 +16,7 @@ from undercroft.hypervisor.merge import absorb, offline
 from undercroft.hypervisor.plan import DiskLayer
 from undercroft.hypervisor.qmp import Monitor
 from undercroft.model.layer import Layer
-from undercroft.model.vm import VM
+from undercroft.model.vm import VM, disk_units
 from undercroft.store.interface import update
 
 
@@ -27,10 +27,10 @@ async def merge_layers(actor: VMActor, vm: VM, run: TaskRun) -> None:
         UndercroftError, OSError: it did not work. All is as it was, and can be tried again.
     """
     environment = actor.environment
-    for index, disk in enumerate(vm.spec.disks):
+    for unit, disk in zip(disk_units(vm.spec.disks), vm.spec.disks, strict=True):
         while (found := await _mergeable(environment, disk.volume)) is not None:
             layers, at = found
-            await _absorb(actor, vm, run, index, layers, at)
+            await _absorb(actor, vm, run, unit, layers, at)
 
 
 async def flatten(actor: VMActor, vm: VM, run: TaskRun) -> None:
@@ -41,12 +41,12 @@ async def flatten(actor: VMActor, vm: VM, run: TaskRun) -> None:
         UndercroftError, OSError: it did not work. All is as it was, and can be tried again.
     """
     environment = actor.environment
-    for index, disk in enumerate(vm.spec.disks):
+    for unit, disk in zip(disk_units(vm.spec.disks), vm.spec.disks, strict=True):
         while True:
             layers = await chain(environment, await head_layer(environment, disk.volume))
             if len(layers) < 2:
                 break
-            await _absorb(actor, vm, run, index, layers, 0)
+            await _absorb(actor, vm, run, unit, layers, 0)
 
 
 async def flatten_disk(actor: VMActor, vm: VM, run: TaskRun, volume: str) -> None:
@@ -55,20 +55,24 @@ async def flatten_disk(actor: VMActor, vm: VM, run: TaskRun, volume: str) -> Non
     Raises:
         UndercroftError, OSError: it did not work. All is as it was, and can be tried again.
     """
-    index = next(n for n, disk in enumerate(vm.spec.disks) if disk.volume == volume)
+    unit = next(
+        unit
+        for unit, disk in zip(disk_units(vm.spec.disks), vm.spec.disks, strict=True)
+        if disk.volume == volume
+    )
     while True:
         layers = await chain(actor.environment, await head_layer(actor.environment, volume))
         if len(layers) < 2 and layers[0].spec.image is None:
             return
-        await _absorb(actor, vm, run, index, layers, 0)
+        await _absorb(actor, vm, run, unit, layers, 0)
 
 
 async def _absorb(
-    actor: VMActor, vm: VM, run: TaskRun, index: int, layers: list[Layer], at: int
+    actor: VMActor, vm: VM, run: TaskRun, unit: int, layers: list[Layer], at: int
 ) -> None:
-    """Has a layer of disk ``index`` take over the one beneath it, and writes that down."""
+    """Has a layer of the disk at ``unit`` take over the one beneath it, and writes that down."""
     environment = actor.environment
-    planned = await plan_layers(environment, layers[0].meta.id, index)
+    planned = await plan_layers(environment, layers[0].meta.id, unit)
     async with reported(run) as report:
 
         def tell(fraction: float) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from undercroft.host.environment import Environment
 from undercroft.host.layers import plan_layers
+from undercroft.hypervisor.devices.base import HOT_PORTS
 from undercroft.hypervisor.helper import HELPER_ARCHITECTURES
 from undercroft.hypervisor.plan import (
     MachinePlan,
@@ -16,7 +17,7 @@ from undercroft.hypervisor.plan import (
 )
 from undercroft.model.errors import DataError, UnsupportedError
 from undercroft.model.image import Image, ImageContent
-from undercroft.model.vm import VM, Accelerator, Firmware
+from undercroft.model.vm import VM, Accelerator, Disk, DiskBus, Firmware, Machine, disk_units
 from undercroft.model.volume import Volume
 from undercroft.storage.seed import write_seed
 
@@ -82,6 +83,8 @@ async def make_plan(environment: Environment, vm: VM, seed: Path | None) -> Mach
         display=spec.display,
         agent=True,
         helper=spec.arch in HELPER_ARCHITECTURES,
+        hot_ports=0 if spec.machine is Machine.MICROVM else HOT_PORTS,
+        scsi=any(disk.bus is DiskBus.SCSI for disk in spec.disks),
         vmgenid=generation_id(vm.meta.id),
         uid=vm.status.uid,
         gid=vm.status.uid,
@@ -149,25 +152,38 @@ async def plan_disks(environment: Environment, vm: VM) -> tuple[PlanDisk, ...]:
         DataError: a volume, a layer or an image is gone.
     """
     disks = []
+    units = disk_units(vm.spec.disks)
     for index, disk in enumerate(vm.spec.disks):
         found = await environment.store.get(Volume, disk.volume)
         if found is None:
             raise DataError(f"volume {disk.volume} of {vm.label} is gone", object=vm.label)
         volume = found.record
-        top, *backing = await plan_layers(environment, volume.status.head, index)
-        disks.append(
-            PlanDisk(
-                path=top.path,
-                format=top.format,
-                node=top.node,
-                backing=tuple(backing),
-                bus=disk.bus,
-                read_only=disk.read_only,
-                serial=volume.meta.id.removeprefix("vol-"),
-                boot_index=index if vm.spec.firmware is not Firmware.KERNEL else None,
-            )
-        )
+        boot_index = index if vm.spec.firmware is not Firmware.KERNEL else None
+        disks.append(await plan_disk(environment, volume, disk, units[index], boot_index))
     return tuple(disks)
+
+
+async def plan_disk(
+    environment: Environment, volume: Volume, disk: Disk, unit: int, boot_index: int | None = None
+) -> PlanDisk:
+    """One disk, with the files that its content is in.
+
+    Raises:
+        DataError: a layer or an image is gone.
+    """
+    top, *backing = await plan_layers(environment, volume.status.head, unit)
+    return PlanDisk(
+        path=top.path,
+        format=top.format,
+        node=top.node,
+        backing=tuple(backing),
+        bus=disk.bus,
+        read_only=disk.read_only,
+        serial=volume.meta.id.removeprefix("vol-"),
+        boot_index=boot_index,
+        unit=unit,
+        limits=volume.spec.limits,
+    )
 
 
 def plan_ports(vm: VM) -> tuple[PlanPort, ...]:

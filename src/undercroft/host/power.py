@@ -14,6 +14,7 @@ from undercroft.host.outcome import TaskRun, change_spec, change_status, write
 from undercroft.host.planning import make_plan, make_seed, plan_disks
 from undercroft.hypervisor.machine import ExitReport, QemuMachine, RunState, suspended_plan
 from undercroft.hypervisor.suspend import discard_state
+from undercroft.model.checks import check_can_be_saved
 from undercroft.model.errors import (
     GuestAgentError,
     QmpError,
@@ -284,6 +285,7 @@ async def suspend(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
     """Saves memory and devices to disk and ends the process."""
     saved = actor.environment.suspended_path(vm.meta.id)
     if actor.machine is not None:
+        check_can_be_saved(vm)
         await asyncio.gather(run.progress(0.0, "saving memory"), _tell(actor, VMState.SUSPENDING))
         if saved.exists():  # a daemon died just before this: the guest has not run since
             await actor.machine.quit()

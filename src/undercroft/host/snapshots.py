@@ -18,6 +18,7 @@ import structlog
 
 from undercroft.host import power
 from undercroft.host.actor import Outcome, VMActor
+from undercroft.host.attachments import sized
 from undercroft.host.environment import Environment
 from undercroft.host.files import remove_tree
 from undercroft.host.imaging import reported
@@ -36,6 +37,7 @@ from undercroft.host.snapshot_files import copy_state, memory_size, restore_stat
 from undercroft.hypervisor.machine import QemuMachine, RunState
 from undercroft.hypervisor.suspend import discard_state, link_state
 from undercroft.model.base import Meta
+from undercroft.model.checks import check_can_be_saved
 from undercroft.model.errors import (
     AlreadyExistsError,
     DataError,
@@ -92,8 +94,10 @@ async def taken(actor: VMActor, vm: VM, run: TaskRun) -> Snapshot:
         UndercroftError: it did not work. Nothing of it is left.
     """
     environment = actor.environment
-    snapshot = await _begin(actor, vm, run)
     machine = actor.machine
+    if machine is not None and run.arguments["spec"].get("memory"):
+        check_can_be_saved(vm)
+    snapshot = await _begin(actor, vm, run)
     going = machine is not None and snapshot.status.running
     try:
         for disk in snapshot.status.disks:
@@ -329,7 +333,7 @@ async def _go_back(environment: Environment, disk: SnapshotDisk) -> None:
             environment.store,
             Volume,
             disk.volume,
-            lambda volume: volume_status(volume, head=layer.meta.id),
+            lambda volume: sized(volume_status(volume, head=layer.meta.id), layer.spec.size),
         )
 
 

@@ -16,7 +16,7 @@ import structlog
 from undercroft.host.actor import Outcome, VMActor
 from undercroft.host.environment import Environment
 from undercroft.host.identity import leave, prepare, write_facts
-from undercroft.host.layers import collect_layers
+from undercroft.host.layers import collect_layers, get_layer
 from undercroft.host.outcome import TaskRun, change_status
 from undercroft.host.snapshot_files import copy_besides
 from undercroft.host.snapshots import forget, taken
@@ -135,8 +135,9 @@ async def _disks(environment: Environment, vm: VM, snapshot: Snapshot) -> tuple[
         found = await environment.store.get(Volume, disk.volume)
         if found is None:
             raise DataError(f"volume {disk.volume} of {vm.label} is gone", object=vm.label)
-        spec = found.record.spec
-        disks.append(TemplateDisk(layer=kept.layer, size=spec.size, image=spec.image, disk=disk))
+        layer = await get_layer(environment, kept.layer)  # the volume may have grown since
+        image = found.record.spec.image
+        disks.append(TemplateDisk(layer=kept.layer, size=layer.spec.size, image=image, disk=disk))
     return tuple(disks)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from undercroft.host import creation, power, snapshots, templates, volume_clone
+from undercroft.host import creation, disks, power, snapshots, templates, volume_clone
 from undercroft.host.actor import Verb
 
 VM_VERBS: dict[str, Verb] = {
@@ -18,6 +18,10 @@ VM_VERBS: dict[str, Verb] = {
     "snapshot.create": snapshots.take,
     "snapshot.revert": snapshots.revert,
     "snapshot.remove": snapshots.remove,
+    "volume.attach": disks.attach,
+    "volume.detach": disks.detach,
+    "volume.resize": disks.resize,
+    "volume.limit": disks.limit,
     "template.create": templates.create,
     "volume.clone": volume_clone.clone_attached,
     "volume.flatten": volume_clone.flatten_attached,

@@ -90,7 +90,7 @@ def _busy(uses: Uses, volumes: list[Volume], vms: dict[str, VM]) -> set[str]:
     """The layers that a QEMU may be writing to, or a task changing."""
     found = set()
     for volume in volumes:
-        vm = vms.get(volume.spec.vm or "")
+        vm = vms.get(volume.spec.user or "")
         if volume.tasks or (vm is not None and (vm.status.state.alive or vm.tasks)):
             at: str | None = volume.status.head
             while at is not None and at in uses.layers:

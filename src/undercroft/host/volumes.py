@@ -6,6 +6,7 @@ import asyncio
 
 import msgspec
 
+from undercroft.host.attachments import grow
 from undercroft.host.imaging import reported
 from undercroft.host.layers import (
     collect_layers,
@@ -19,6 +20,7 @@ from undercroft.host.volume_clone import abandon, branch_off, flatten
 from undercroft.host.worker import Worker
 from undercroft.model.errors import UndercroftError
 from undercroft.model.event import EventLevel
+from undercroft.model.units import format_size
 from undercroft.model.volume import Volume, VolumeState
 from undercroft.operations.context import scope
 from undercroft.storage.files import allocated
@@ -33,7 +35,7 @@ class VolumeWorker(Worker[Volume]):
     kind = Volume
 
     async def carry_out(self, record: Volume, run: TaskRun) -> None:
-        """Makes, clones, flattens or removes the volume."""
+        """Makes, clones, flattens, grows or removes the volume."""
         match run.task.spec.verb:
             case "volume.remove":
                 self.commit()
@@ -42,6 +44,8 @@ class VolumeWorker(Worker[Volume]):
                 await self._clone(record, run)
             case "volume.flatten":
                 await self._flatten(record, run)
+            case "volume.resize":
+                await self._resize(record, run)
             case _:
                 await self._create(record, run)
 
@@ -96,6 +100,24 @@ class VolumeWorker(Worker[Volume]):
             change=lambda v: volume_status(v, state=VolumeState.READY, allocated=taken),
             result={"volume": self.id},
             event=("volume.ready", f"{volume.label} is ready", EventLevel.INFO),
+        )
+
+    async def _resize(self, volume: Volume, run: TaskRun) -> None:
+        self.commit()
+        size = int(run.arguments["size"])
+        await grow(self.environment, volume, size, file=True)
+        await finish(
+            self.environment,
+            Volume,
+            self.id,
+            run.id,
+            change=lambda v: v,
+            result={"volume": self.id, "size": size},
+            event=(
+                "volume.resized",
+                f"{volume.label} has {format_size(size)} now",
+                EventLevel.INFO,
+            ),
         )
 
     async def ended(self, record: Volume, run: TaskRun, error: UndercroftError | None) -> None:

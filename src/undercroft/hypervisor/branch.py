@@ -12,15 +12,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from undercroft.hypervisor.blockgraph import layer_nodes
-from undercroft.hypervisor.plan import PlanDisk
+from undercroft.hypervisor.plan import PlanDisk, unit_of
 from undercroft.hypervisor.qmp import Monitor
 from undercroft.model.errors import QmpError
 
 __all__ = ["branch", "written_nodes"]
 
 
-async def written_nodes(monitor: Monitor, count: int) -> list[str]:
-    """The nodes that the guest's disks 0 to ``count`` - 1 are written to.
+async def written_nodes(monitor: Monitor, disks: Sequence[PlanDisk]) -> list[str]:
+    """The nodes that these disks of the guest are written to.
 
     Raises:
         QmpError: there is no such disk.
@@ -31,7 +31,7 @@ async def written_nodes(monitor: Monitor, count: int) -> list[str]:
             if "inserted" in device:
                 found[part] = device["inserted"]["node-name"]
     try:
-        return [found[f"disk{index}-dev"] for index in range(count)]
+        return [found[f"disk{unit_of(disk, index)}-dev"] for index, disk in enumerate(disks)]
     except KeyError as missing:
         raise QmpError(f"QEMU of {monitor.name} has no {missing}") from None
 
@@ -43,7 +43,7 @@ async def branch(monitor: Monitor, disks: Sequence[PlanDisk]) -> None:
     Raises:
         QmpError, OSError: it did not work; all disks are written to where they were.
     """
-    nodes = await written_nodes(monitor, len(disks))
+    nodes = await written_nodes(monitor, disks)
     moving = [(old, disk) for old, disk in zip(nodes, disks, strict=True) if old != disk.node]
     sets: dict[str, int] = {}
     try:
@@ -57,7 +57,7 @@ async def branch(monitor: Monitor, disks: Sequence[PlanDisk]) -> None:
         if actions:
             await monitor.execute("transaction", {"actions": actions})
     except BaseException:
-        if monitor.connected and moving and await written_nodes(monitor, len(disks)) == nodes:
+        if monitor.connected and moving and await written_nodes(monitor, disks) == nodes:
             await _forget(monitor, list(sets))
             for number in sets.values():
                 with contextlib.suppress(QmpError):

@@ -12,14 +12,7 @@ from dataclasses import dataclass
 
 from undercroft.hypervisor.board import add_board, check_plan
 from undercroft.hypervisor.devices.agent import AgentChannel, HelperChannel
-from undercroft.hypervisor.devices.base import Device, disk_slot
-from undercroft.hypervisor.devices.disk import (
-    NvmeDisk,
-    SataDisk,
-    ScsiController,
-    ScsiDisk,
-    VirtioDisk,
-)
+from undercroft.hypervisor.devices.base import Device
 from undercroft.hypervisor.devices.display import Graphics, NoGraphics, UsbInput
 from undercroft.hypervisor.devices.network import NetworkAdapter, UserNetwork
 from undercroft.hypervisor.devices.paravirtual import (
@@ -28,6 +21,8 @@ from undercroft.hypervisor.devices.paravirtual import (
     PanicNotifier,
     RandomSource,
 )
+from undercroft.hypervisor.devices.places import place_disks
+from undercroft.hypervisor.devices.ports import HotPort
 from undercroft.hypervisor.devices.seed import Seed, SeedCdrom
 from undercroft.hypervisor.devices.serial import SerialConsole
 from undercroft.hypervisor.devices.tpm import Tpm
@@ -135,26 +130,14 @@ def _devices(plan: MachinePlan) -> Iterator[Device]:
 
 
 def _disks(plan: MachinePlan) -> Iterator[Device]:
-    """Disks and the seed. All SCSI disks hang on one controller, at the place of the first."""
-    buses = [disk.bus for disk in plan.disks]
-    on_bus = buses.count(DiskBus.VIRTIO) + buses.count(DiskBus.NVME) + (DiskBus.SCSI in buses)
-    slots = iter([disk_slot(number, on_bus) for number in range(on_bus)])
-    scsi = sata = 0
-    for index, disk in enumerate(plan.disks):
-        if disk.bus is DiskBus.VIRTIO:
-            yield VirtioDisk(disk, index, next(slots))
-        elif disk.bus is DiskBus.NVME:
-            yield NvmeDisk(disk, index, next(slots))
-        elif disk.bus is DiskBus.SCSI:
-            if scsi == 0:
-                yield ScsiController(next(slots))
-            yield ScsiDisk(disk, index, scsi)
-            scsi += 1
-        else:
-            yield SataDisk(disk, index, sata)
-            sata += 1
+    """Disks and the seed, each at its place."""
+    for number in range(plan.hot_ports):
+        yield HotPort(number)
+    placed = place_disks(plan)
+    yield from placed
+    sata = sum(disk.bus is DiskBus.SATA for disk in plan.disks)
     if plan.seed is not None:
-        if sata and not on_bus:
+        if sata and sata == len(plan.disks):
             yield SeedCdrom(plan.seed, sata)
             sata += 1
         else:

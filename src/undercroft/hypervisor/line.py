@@ -94,7 +94,7 @@ class Line:
         """Adds a device, at a fixed place on the PCI bus if the board has one."""
         place: dict[str, object] = {}
         if slot is not None and self.pci:
-            place = {"bus": "pcie.0", "addr": slot.address}
+            place = {"bus": slot.bus, "addr": slot.address}
             if slot.shared:
                 place["multifunction"] = True
         self.option("-device", driver, **{**values, **place})
@@ -141,11 +141,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Slot:
-    """A place on the root bus. ``shared``: function 0 of a slot of which others are used too."""
+    """A place on a bus. ``shared``: function 0 of a slot of which others are used too."""
 
     slot: int
     function: int = 0
     shared: bool = False
+    bus: str = "pcie.0"
 
     @property
     def address(self) -> str:

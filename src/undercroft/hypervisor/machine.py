@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
-from undercroft.hypervisor import sockets
 from undercroft.hypervisor.board import machine_version
 from undercroft.hypervisor.branch import branch, written_nodes
 from undercroft.hypervisor.commandline import command_line, needs_tsc
@@ -23,20 +22,18 @@ from undercroft.hypervisor.emulator import Emulator
 from undercroft.hypervisor.firmware import find_firmware
 from undercroft.hypervisor.guestagent import GuestAgent
 from undercroft.hypervisor.helper import Batch, GuestHelper
+from undercroft.hypervisor.holding import abandon, start_error, take_hold
 from undercroft.hypervisor.hosttsc import measure_tsc_khz
+from undercroft.hypervisor.hotplug import limit, plug, resize, unplug
 from undercroft.hypervisor.launch import (
     Launch,
-    clean_run_directory,
     launch,
-    open_output,
-    read_plan,
     write_plan,
 )
 from undercroft.hypervisor.measure import measure
 from undercroft.hypervisor.merge import absorb
 from undercroft.hypervisor.output import OutputLog
-from undercroft.hypervisor.plan import DiskLayer, MachinePlan, PlanDisk, PlanPort
-from undercroft.hypervisor.process import Process, boot_id
+from undercroft.hypervisor.plan import DiskLayer, MachinePlan, PlanDisk, PlanPort, unit_of
 from undercroft.hypervisor.publish import publish
 from undercroft.hypervisor.screen import open_vnc, take_screenshot
 from undercroft.hypervisor.session import END_TIMEOUT, MachineSession
@@ -57,12 +54,12 @@ from undercroft.hypervisor.suspend import (
 )
 from undercroft.model.errors import (
     GuestAgentError,
-    QemuStartError,
     QmpError,
     TimeLimitError,
     UndercroftError,
 )
-from undercroft.model.vm import Display, Firmware, Instance
+from undercroft.model.vm import DiskBus, Display, Firmware, Instance
+from undercroft.model.volume import IOLimits
 
 __all__ = [
     "EventHandler",
@@ -122,7 +119,7 @@ class QemuMachine(MachineSession):
         except asyncio.CancelledError:
             # The thread cannot be stopped: wait for what it starts, and end that.
             with contextlib.suppress(UndercroftError):
-                await _abandon(await launching, plan)
+                await abandon(await launching, plan)
             raise
         output = OutputLog.of(launched.output, plan)
         machine = cls(plan, launched.process, output, on_event, launched.helpers)
@@ -132,7 +129,7 @@ class QemuMachine(MachineSession):
             report = await asyncio.shield(machine._give_up())
             if isinstance(error, asyncio.CancelledError):
                 raise
-            raise _start_error(plan, error, report) from error
+            raise start_error(plan, error, report) from error
         return machine
 
     async def _come_up(self, launched: Launch, emulator: Emulator, hold: bool) -> None:
@@ -142,6 +139,9 @@ class QemuMachine(MachineSession):
         await self._connect(launched.connections["qmp"], _START_TIMEOUT)
         if (helper := launched.connections.get("helper")) is not None:
             self.helper = GuestHelper(f"vm {self.name}", helper)
+        for index, disk in enumerate(self.plan.disks):
+            if disk.limits != IOLimits():
+                await self.limit(unit_of(disk, index), disk.limits)
         if self.plan.incoming is not None:
             state = Path(self.plan.incoming)
             await load_state(self._monitor, state, apart=self.forked)
@@ -190,7 +190,7 @@ class QemuMachine(MachineSession):
             QmpError, TimeLimitError: it runs, but cannot be taken over (now): it is stuck, or
                 somebody else talks to it.
         """
-        taken = await asyncio.to_thread(_take_hold, instance, run_directory)
+        taken = await asyncio.to_thread(take_hold, instance, run_directory)
         if taken is None:
             return None
         plan, process, connection, serial, descriptor = taken
@@ -314,7 +314,51 @@ class QemuMachine(MachineSession):
             QmpError, TimeLimitError, OSError: it did not work (`branched` tells).
         """
         await branch(self._monitor, disks)
-        self.plan = msgspec.structs.replace(self.plan, disks=disks)
+        await self._became(disks=disks)
+
+    @needs(RunState.RUNNING, *_STOPPED)
+    async def attach(self, disk: PlanDisk) -> None:
+        """Gives the guest one more disk. May be repeated.
+
+        Raises:
+            UnsupportedError: not while it runs.
+            QmpError, TimeLimitError, OSError: it did not work; the machine is as it was.
+        """
+        await plug(self._monitor, self.plan, disk)
+        others = tuple(d for i, d in enumerate(self.plan.disks) if unit_of(d, i) != disk.unit)
+        await self._became(disks=(*others, disk), scsi=self.plan.scsi or disk.bus is DiskBus.SCSI)
+
+    @needs(RunState.RUNNING, *_STOPPED)
+    async def release(self, disk: PlanDisk) -> None:
+        """Has the guest let go of a disk, and closes its files. May be repeated.
+
+        Raises:
+            UnsupportedError: not while it runs. TimeLimitError: the guest does not.
+            QmpError: QEMU refuses.
+        """
+        await unplug(self._monitor, self.plan, disk)
+        disks = enumerate(self.plan.disks)
+        await self._became(disks=tuple(d for i, d in disks if unit_of(d, i) != disk.unit))
+
+    async def resize(self, disk: PlanDisk, size: int) -> None:
+        """Makes a disk larger (bytes); the guest sees it at once.
+
+        Raises:
+            UnsupportedError: not on its bus.
+            QmpError, TimeLimitError: it did not work.
+        """
+        await resize(self._monitor, disk, size)
+
+    async def limit(self, unit: int, limits: IOLimits) -> None:
+        """Has a disk do no more than this from now on.
+
+        Raises:
+            QmpError, TimeLimitError: it did not work.
+        """
+        await limit(self._monitor, f"disk{unit}-dev", limits)
+
+    async def _became(self, **changes: Any) -> None:
+        self.plan = msgspec.structs.replace(self.plan, **changes)
         await asyncio.to_thread(write_plan, self.plan)
 
     async def absorb(
@@ -337,7 +381,7 @@ class QemuMachine(MachineSession):
         Raises:
             QmpError, TimeLimitError: QEMU does not tell.
         """
-        return await written_nodes(self._monitor, len(disks)) == [disk.node for disk in disks]
+        return await written_nodes(self._monitor, disks) == [disk.node for disk in disks]
 
     @needs(*_STOPPED)
     async def save_memory(
@@ -395,76 +439,3 @@ class QemuMachine(MachineSession):
         if self.agent is None:
             raise GuestAgentError(f"vm {self.name} has no channel to a guest agent")
         return self.agent
-
-
-_Hold = tuple[MachinePlan, Process, socket.socket, socket.socket, int]
-
-
-def _take_hold(instance: Instance | None, run: Path) -> _Hold | None:
-    """The process that an instance means, if it is still that one, and the ends of its channels:
-    plan, process, monitor, console, output. None if it has ended. Blocks.
-
-    Raises:
-        QmpError: it runs, but its channels cannot be reached.
-    """
-    process: Process | None = None
-    with contextlib.ExitStack() as kept:
-        try:
-            if instance is not None:
-                if instance.host_boot == boot_id():
-                    process = Process.open(instance.pid, instance.start_ticks)
-                if process is None:
-                    return None
-                kept.callback(process.close)
-            plan = read_plan(run)
-            connection = kept.enter_context(sockets.connect(run / "qmp.sock"))
-            if process is None:
-                process = Process.open(sockets.peer(connection)[0])
-                if process is None:
-                    return None
-                kept.callback(process.close)
-            serial = kept.enter_context(sockets.connect(run / "serial.sock"))
-            output = open_output(run)
-        except (OSError, msgspec.MsgspecError) as error:
-            if process is None or not process.alive:
-                return None
-            raise QmpError(
-                f"QEMU (process {process.pid}) runs, but cannot be taken over: {error}",
-                pid=process.pid,
-            ) from error
-        kept.pop_all()
-        return plan, process, connection, serial, output
-
-
-def _start_error(plan: MachinePlan, error: BaseException, report: ExitReport) -> Exception:
-    """Why a start failed: QEMU's own words if it had any."""
-    reason = report.message or (error.message if isinstance(error, UndercroftError) else str(error))
-    return QemuStartError(
-        f"QEMU of vm {plan.name} did not start: {reason}",
-        object=f"vm {plan.name}",
-        action=_advice(reason),
-        exit_code=report.code,
-        signal=report.signal,
-    )
-
-
-def _advice(reason: str) -> str | None:
-    if "host forwarding rule" in reason:
-        return "choose another host port: this one is taken, or not allowed to this user"
-    if "Cannot allocate memory" in reason or "cannot set up guest memory" in reason:
-        return "give the VM less memory, or stop others"
-    if "Failed to get" in reason and "lock" in reason:
-        return "another process has the disk open: stop it first"
-    return None
-
-
-async def _abandon(launched: Launch, plan: MachinePlan) -> None:
-    """Ends a QEMU whose start was cancelled."""
-    for process in (launched.process, *launched.helpers):
-        process.signal(signal.SIGKILL)
-    for connection in launched.connections.values():
-        connection.close()
-    os.close(launched.output)
-    for process in (launched.process, *launched.helpers):
-        await process.wait()
-    await asyncio.to_thread(clean_run_directory, Path(plan.run_directory))

@@ -21,6 +21,7 @@ from undercroft.model.vm import (
     PortMode,
     Protocol,
 )
+from undercroft.model.volume import IOLimits
 
 __all__ = [
     "DiskFormat",
@@ -32,6 +33,7 @@ __all__ = [
     "PlanPort",
     "decode_plan",
     "encode_plan",
+    "unit_of",
 ]
 
 
@@ -58,6 +60,8 @@ class PlanDisk(Model, frozen=True, kw_only=True):
     as a graph: what the file's header says about a backing file is never followed. ``node`` is what
     QEMU calls the file at the top (empty: ``diskN``).
     ``boot_index``: firmware tries the lowest first; None: not at all. ``serial`` at most 20 bytes.
+    ``unit`` is its place (-1: its position among the disks, see `unit_of`); ``limits`` what it
+    may do per second.
     """
 
     path: str
@@ -68,6 +72,13 @@ class PlanDisk(Model, frozen=True, kw_only=True):
     read_only: bool = False
     serial: str = ""
     boot_index: int | None = None
+    unit: int = -1
+    limits: IOLimits = IOLimits()
+
+
+def unit_of(disk: PlanDisk, index: int) -> int:
+    """The place of the disk at a position among a plan's disks."""
+    return index if disk.unit < 0 else disk.unit
 
 
 class PlanForward(Model, frozen=True, kw_only=True):
@@ -114,6 +125,8 @@ class MachinePlan(Model, frozen=True, kw_only=True):
 
     ``helper``: it has a port for the helper that its clones are changed by
     (`undercroft.hypervisor.helper`).
+    ``hot_ports`` is the number of places for disks that come and go while it runs: all disks but
+    unit 0 are in such places then; ``scsi``: there is a SCSI controller, whether used or not.
 
     ``memory_file`` is a file that the guest's memory is mapped from, as large as that: privately,
     so that what the guest changes is its own, or ``memory_shared``, so that the file has it.
@@ -152,6 +165,8 @@ class MachinePlan(Model, frozen=True, kw_only=True):
     gid: int | None = None
     logs: LogLimits = LogLimits()
     incoming: str | None = None
+    hot_ports: int = 0
+    scsi: bool = False
     memory_file: str | None = None
     memory_shared: bool = False
     generation: int = 1

@@ -7,12 +7,25 @@ import re
 
 from undercroft.model.errors import InvalidError, UnsupportedError
 from undercroft.model.units import MiB, TiB, format_size
-from undercroft.model.vm import Display, Firmware, Guest, Machine, NicModel, Port, VMSpec
+from undercroft.model.vm import (
+    MAX_DISKS,
+    VM,
+    DiskBus,
+    Display,
+    Firmware,
+    Guest,
+    Machine,
+    NicModel,
+    Port,
+    VMSpec,
+    disk_units,
+)
 
 MIN_MEMORY = 16 * MiB
 MAX_MEMORY = 16 * TiB
 MAX_CPUS = {Machine.Q35: 255, Machine.MICROVM: 255, Machine.VIRT: 255}
 MAX_USER_DATA = 1 * MiB
+MAX_SATA = 5  # of the six ports of the board: the seed may need one
 _MAC = re.compile(r"[0-9a-f]{2}(?::[0-9a-f]{2}){5}")
 _USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
 _CPU_MODEL = re.compile(r"[A-Za-z0-9_.+-]{1,63}(?:,[+-]?[A-Za-z0-9_.=+-]{1,63}){0,63}")
@@ -46,8 +59,7 @@ def check_vm_spec(spec: VMSpec) -> VMSpec:
         raise InvalidError(f"{spec.cpu_model[:40]!r} is not a CPU model")
     _check_text(spec.kernel_arguments, "kernel arguments", 2048)
     _check_machine(spec)
-    if len(spec.disks) > 16:
-        raise InvalidError("a VM has at most 16 disks")
+    _check_disks(spec)
     check_ports(spec.ports)
     _check_guest(spec.guest)
     return spec
@@ -94,6 +106,46 @@ def _check_machine(spec: VMSpec) -> None:
         raise UnsupportedError("secure boot needs machine q35")
     if spec.tpm and spec.machine is Machine.MICROVM:
         raise UnsupportedError("a microvm has no TPM", action="use --machine q35")
+
+
+def check_can_be_saved(vm: VM) -> None:
+    """Does nothing if what a VM has in memory can be written to a file.
+
+    Raises:
+        UnsupportedError: it has a disk whose state cannot.
+    """
+    if any(disk.bus is DiskBus.NVME for disk in vm.spec.disks):
+        raise UnsupportedError(
+            f"{vm.label} has an NVMe disk, which QEMU cannot save together with its memory",
+            object=vm.label,
+            action="use bus virtio or scsi; or do it without the memory: stop it, "
+            "take a snapshot without --memory, clone with --linked",
+        )
+
+
+def _check_disks(spec: VMSpec) -> None:
+    if len(spec.disks) > MAX_DISKS:
+        raise InvalidError(f"a VM has at most {MAX_DISKS} disks")
+    units = disk_units(spec.disks)
+    if len(set(units)) != len(units) or any(unit >= MAX_DISKS for unit in units):
+        raise InvalidError("two disks cannot be in one place")
+    buses = [disk.bus for disk in spec.disks]
+    if spec.machine is Machine.MICROVM and {DiskBus.SATA, DiskBus.NVME} & set(buses):
+        raise UnsupportedError(
+            "a microvm has no SATA and no NVMe disks", action="use bus virtio or scsi"
+        )
+    if spec.machine is Machine.VIRT and DiskBus.SATA in buses:
+        raise UnsupportedError("the virt board has no SATA", action="use bus virtio, scsi or nvme")
+    if buses.count(DiskBus.SATA) > MAX_SATA:
+        raise InvalidError(
+            f"{buses.count(DiskBus.SATA)} SATA disks: at most {MAX_SATA} fit on the board",
+            action="use bus virtio or scsi",
+        )
+    for disk in spec.disks:
+        if disk.read_only and disk.bus is DiskBus.SATA:
+            raise UnsupportedError(
+                "there are no read-only SATA disks", action="use bus virtio, scsi or nvme"
+            )
 
 
 def _check_port(port: Port) -> None:

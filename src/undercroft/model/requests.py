@@ -10,6 +10,7 @@ from undercroft.model.image import DiskFormat, ImageSourceKind
 from undercroft.model.task import Task
 from undercroft.model.vm import (
     Accelerator,
+    DiskBus,
     Display,
     Firmware,
     Forward,
@@ -18,6 +19,22 @@ from undercroft.model.vm import (
     Port,
     RestartPolicy,
 )
+
+
+class NewDisk(Spec, frozen=True, kw_only=True):
+    """An empty disk of ``size`` bytes that goes with its VM."""
+
+    size: int
+    bus: DiskBus = DiskBus.VIRTIO
+
+
+class VolumeUse(Spec, frozen=True, kw_only=True):
+    """A volume (a name or id) that a VM is to have from the beginning, and that it does not take
+    with it when it goes."""
+
+    volume: str
+    bus: DiskBus = DiskBus.VIRTIO
+    read_only: bool = False
 
 
 class VMCreate(Spec, frozen=True, kw_only=True):
@@ -33,6 +50,9 @@ class VMCreate(Spec, frozen=True, kw_only=True):
     cpus: int | None = None
     memory: int | None = None
     disk: int | None = None
+    disk_bus: DiskBus = DiskBus.VIRTIO
+    disks: tuple[NewDisk, ...] = ()  # besides the first
+    volumes: tuple[VolumeUse, ...] = ()  # after those
     arch: str | None = None
     machine: Machine | None = None
     firmware: Firmware | None = None
@@ -178,6 +198,34 @@ class LayerTree(Model, frozen=True, kw_only=True):
     """All layers, and the images that some lie on; what lies beneath comes first."""
 
     nodes: tuple[LayerNode, ...]
+
+
+class VolumeAttach(Spec, frozen=True, kw_only=True):
+    """How a volume is attached to a VM (a name or id)."""
+
+    vm: str
+    bus: DiskBus = DiskBus.VIRTIO
+    read_only: bool = False
+
+
+class VolumeResize(Spec, frozen=True, kw_only=True):
+    """How large a volume is to become: ``size`` bytes, or larger ``by`` so many."""
+
+    size: int | None = None
+    by: int | None = None
+
+
+class VolumeChange(Spec, frozen=True, kw_only=True):
+    """New limits of a volume, see `undercroft.model.volume.IOLimits`; None leaves as it is, 0 takes
+    the limit away."""
+
+    iops: int | None = None
+    read_iops: int | None = None
+    write_iops: int | None = None
+    bandwidth: int | None = None
+    read_bandwidth: int | None = None
+    write_bandwidth: int | None = None
+    burst: int | None = None
 
 
 class ImageCreate(Spec, frozen=True, kw_only=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import ClassVar
 
@@ -117,11 +118,21 @@ class Protocol(StrEnum):
 
 
 class Disk(Spec, frozen=True, kw_only=True):
-    """A volume (by id) attached to a VM. The first disk is the one to boot from."""
+    """A volume (by id) attached to a VM. The first disk is the one to boot from. ``unit`` is its
+    place in the machine, which stays while others come and go (-1: its position, `disk_units`)."""
 
     volume: str
     bus: DiskBus = DiskBus.VIRTIO
     read_only: bool = False
+    unit: int = -1
+
+
+MAX_DISKS = 16
+
+
+def disk_units(disks: Sequence[Disk]) -> tuple[int, ...]:
+    """The place of each of a VM's disks in the machine."""
+    return tuple(index if disk.unit < 0 else disk.unit for index, disk in enumerate(disks))
 
 
 class Forward(Spec, frozen=True, kw_only=True):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import ClassVar
 
+from msgspec import structs
+
 from undercroft.model.base import Model, Record, Spec
 from undercroft.model.errors import InvalidError
 from undercroft.model.units import TiB, format_size
@@ -22,6 +24,21 @@ class VolumeState(StrEnum):
     REMOVING = "removing"
 
 
+class IOLimits(Spec, frozen=True, kw_only=True):
+    """What a guest may do with a disk per second; 0: no limit. Operations (``iops``) and bytes
+    (``bandwidth``) of reading and writing together, or of either alone, but not both ways at once.
+    ``burst``: for so many seconds it may do ten times as much, if it did less before.
+    """
+
+    iops: int = 0
+    read_iops: int = 0
+    write_iops: int = 0
+    bandwidth: int = 0
+    read_bandwidth: int = 0
+    write_bandwidth: int = 0
+    burst: int = 0
+
+
 class VolumeSpec(Spec, frozen=True, kw_only=True):
     """What a volume should be.
 
@@ -29,6 +46,7 @@ class VolumeSpec(Spec, frozen=True, kw_only=True):
     ``host`` the id of the host it lies on; ``vm`` that of the VM that it goes with (None: it stands
     for itself); ``preallocated``: all its space is taken on the host from the beginning;
     ``source``: the volume (an id) that it was cloned from.
+    ``attached`` is the id of the VM that it is attached to, or about to be, which it outlives.
     """
 
     size: int
@@ -37,6 +55,13 @@ class VolumeSpec(Spec, frozen=True, kw_only=True):
     vm: str | None = None
     preallocated: bool = False
     source: str | None = None
+    attached: str | None = None
+    limits: IOLimits = IOLimits()
+
+    @property
+    def user(self) -> str | None:
+        """The id of the VM that has it."""
+        return self.attached or self.vm
 
 
 class VolumeStatus(Model, frozen=True, kw_only=True):
@@ -59,6 +84,36 @@ class Volume(Record, frozen=True, kw_only=True):
     spec: VolumeSpec
     status: VolumeStatus = VolumeStatus()
     tasks: tuple[str, ...] = ()
+
+
+_MAX_LIMIT = 1 << 50
+
+
+def check_limits(limits: IOLimits) -> IOLimits:
+    """Returns limits that make sense unchanged.
+
+    Raises:
+        InvalidError: they do not.
+    """
+    if any(not 0 <= value <= _MAX_LIMIT for value in structs.astuple(limits)):
+        raise InvalidError("a limit is a positive number, or 0 for none")
+    for both, read, write in (
+        (limits.iops, limits.read_iops, limits.write_iops),
+        (limits.bandwidth, limits.read_bandwidth, limits.write_bandwidth),
+    ):
+        if both and (read or write):
+            raise InvalidError(
+                "a limit of reading and writing together excludes one of either alone",
+                action="set the one to 0",
+            )
+    if 0 < limits.bandwidth < 64 << 10:
+        raise InvalidError(
+            f"a bandwidth of {limits.bandwidth} bytes per second would look like a broken disk",
+            action="allow at least 64K",
+        )
+    if limits.burst > 3600:
+        raise InvalidError("a burst lasts 3600 seconds at most")
+    return limits
 
 
 def check_volume_size(size: int) -> int:

@@ -27,7 +27,7 @@ PRIVILEGES = frozenset(
         "image.remove",
         "volume.view",
         "volume.create",
-        "volume.change",
+        "volume.change",  # attach, detach, resize, limit, flatten
         "volume.remove",
         "task.view",
         "task.cancel",

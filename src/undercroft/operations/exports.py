@@ -18,6 +18,7 @@ from undercroft.model.errors import (
     WrongStateError,
 )
 from undercroft.model.export import Export, ExportFile, ExportFormat, ExportSpec, ExportState
+from undercroft.model.layer import Layer
 from undercroft.model.names import is_id, new_id
 from undercroft.model.snapshot import Snapshot, SnapshotState
 from undercroft.model.task import Task
@@ -43,6 +44,7 @@ from undercroft.operations.context import (
 )
 from undercroft.operations.vm_clone import freezing_task
 from undercroft.operations.vm_power import check_present
+from undercroft.operations.volume_use import check_settled
 from undercroft.store.interface import Check, Delete, Listing, Put, Transaction, Versioned
 
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -187,6 +189,7 @@ class ExportOperations:
         vm = found.record
         check_present(vm)
         check_queue(vm)
+        await check_settled(context, vm)
         if vm.status.state is VMState.CREATING:
             raise WrongStateError(
                 f"{vm.label} is being made", object=vm.label, action="wait until it is there"
@@ -230,9 +233,9 @@ class ExportOperations:
             if volume is None:
                 raise DataError(f"volume {disk.volume} of {vm.label} is gone", object=vm.label)
             spec = volume.record.spec
-            disks.append(
-                TemplateDisk(layer=kept.layer, size=spec.size, image=spec.image, disk=disk)
-            )
+            layer = await store.get(Layer, kept.layer)  # the volume may have grown since
+            size = spec.size if layer is None else layer.record.spec.size
+            disks.append(TemplateDisk(layer=kept.layer, size=size, image=spec.image, disk=disk))
         checks.append(Check(Snapshot, snapshot.meta.id, found.revision))
         besides = f"vms/{vm.meta.id}/snapshots/{snapshot.meta.id}"
         return vm, _ready(self._passing(vm), shape, tuple(disks)), besides

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
+from undercroft.model.checks import check_can_be_saved
 from undercroft.model.errors import (
     AlreadyExistsError,
     InvalidError,
@@ -18,6 +19,7 @@ from undercroft.model.requests import RevertRequest, SnapshotCreate
 from undercroft.model.snapshot import Snapshot, SnapshotSpec, SnapshotState
 from undercroft.model.task import Task
 from undercroft.model.vm import VM, Power, VMSpec
+from undercroft.model.volume import Volume
 from undercroft.operations.access import Caller
 from undercroft.operations.context import (
     ATTEMPTS,
@@ -27,11 +29,14 @@ from undercroft.operations.context import (
     new_task,
     snapshot_scope,
 )
+from undercroft.operations.snapshot_disks import disks_then
 from undercroft.operations.vm_power import check_present
+from undercroft.operations.volume_use import check_settled
 from undercroft.store.interface import Check, Listing, Put, Transaction, Versioned
 
 MAX_DESCRIPTION = 1024
-_Prepare = Callable[[VM], Awaitable[tuple[VM, dict[str, object]]]]
+_Volumes = list[Versioned[Volume]]
+_Prepare = Callable[[VM, _Volumes], Awaitable[tuple[VM, dict[str, object]]]]
 # What a VM goes back to besides its disks. Its name, networks and policies stay what they are now.
 _SHAPE = (
     "cpus",
@@ -93,7 +98,9 @@ class SnapshotOperations:
         if request.name is not None:
             check_name(request.name, "snapshot")
 
-        async def prepare(vm: VM) -> tuple[VM, dict[str, object]]:
+        async def prepare(vm: VM, volumes: _Volumes) -> tuple[VM, dict[str, object]]:
+            if request.memory and vm.status.state.alive:
+                check_can_be_saved(vm)
             name = request.name or await self._free_name(vm)
             if await self._context.store.resolve(snapshot_scope(vm.meta.id), name) is not None:
                 raise already_taken(vm, name)
@@ -121,7 +128,7 @@ class SnapshotOperations:
         """
         caller.require("vm.snapshot")
 
-        async def prepare(vm: VM) -> tuple[VM, dict[str, object]]:
+        async def prepare(vm: VM, volumes: _Volumes) -> tuple[VM, dict[str, object]]:
             found = await self._ready(vm, snapshot)
             if vm.status.state.alive and not request.force:
                 raise WrongStateError(
@@ -130,11 +137,14 @@ class SnapshotOperations:
                     action="stop it first, or let it be switched off with --force",
                     state=vm.status.state,
                 )
+            await check_settled(self._context, vm)
             goes_on = request.start or (found.status.memory > 0 and found.status.running)
+            disks = await disks_then(self._context, vm, found, volumes)
             wanted = msgspec.structs.replace(
                 vm,
                 spec=msgspec.structs.replace(
                     vm.spec,
+                    disks=disks,
                     power=Power.RUNNING if goes_on else Power.STOPPED,
                     **_shape(found.status.shape),
                 ),
@@ -152,7 +162,7 @@ class SnapshotOperations:
         """
         caller.require("vm.snapshot")
 
-        async def prepare(vm: VM) -> tuple[VM, dict[str, object]]:
+        async def prepare(vm: VM, volumes: _Volumes) -> tuple[VM, dict[str, object]]:
             found = await self._ready(vm, snapshot)
             return vm, {"snapshot": found.meta.id, "name": found.meta.name}
 
@@ -165,14 +175,18 @@ class SnapshotOperations:
             vm = found.record
             check_present(vm)
             check_queue(vm)
-            wanted, arguments = await prepare(vm)
+            volumes: _Volumes = []
+            wanted, arguments = await prepare(vm, volumes)
             task = new_task(self._context, verb, vm, caller.name, **arguments)
             wanted = msgspec.structs.replace(wanted, tasks=(*vm.tasks, task.meta.id))
             try:
                 await self._context.store.transact(
                     Transaction(
-                        checks=[Check(VM, vm.meta.id, found.revision)],
-                        puts=[Put(wanted), Put(task)],
+                        checks=[
+                            Check(VM, vm.meta.id, found.revision),
+                            *(Check(Volume, v.record.meta.id, v.revision) for v in volumes),
+                        ],
+                        puts=[Put(wanted), Put(task), *(Put(v.record) for v in volumes)],
                     )
                 )
             except StaleError:

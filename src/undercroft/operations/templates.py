@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from undercroft.model.base import Meta
+from undercroft.model.checks import check_can_be_saved
 from undercroft.model.errors import AlreadyExistsError, InvalidError, StaleError, WrongStateError
 from undercroft.model.names import check_name, new_id
 from undercroft.model.requests import CloneRequest, TemplateCreate
@@ -22,6 +23,7 @@ from undercroft.operations.context import (
 )
 from undercroft.operations.vm_clone import clone_template, freezing_task
 from undercroft.operations.vm_power import check_present
+from undercroft.operations.volume_use import check_settled
 from undercroft.store.interface import (
     Check,
     Claim,
@@ -75,8 +77,10 @@ class TemplateOperations:
             vm = found.record
             check_present(vm)
             check_queue(vm)
+            await check_settled(context, vm)
             if request.memory:
                 check_has_memory(vm)
+                check_can_be_saved(vm)
             template = Template(
                 meta=Meta(
                     id=new_id("template"),

@@ -168,7 +168,9 @@ async def _rename_volumes(
 ) -> None:
     for disk in vm.spec.disks:
         volume = await context.store.get(Volume, disk.volume)
-        if volume is None or not volume.record.meta.name.startswith(f"{vm.meta.name}-"):
+        if volume is None or volume.record.spec.vm != vm.meta.id:
+            continue
+        if not volume.record.meta.name.startswith(f"{vm.meta.name}-"):
             continue
         old = volume.record.meta.name
         name = new + old.removeprefix(vm.meta.name)

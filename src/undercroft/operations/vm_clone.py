@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from undercroft.model.base import Meta, Record
-from undercroft.model.checks import check_vm_spec
+from undercroft.model.checks import check_can_be_saved, check_vm_spec
 from undercroft.model.errors import (
     AlreadyExistsError,
     DataError,
@@ -36,6 +36,7 @@ from undercroft.operations.context import (
 )
 from undercroft.operations.vm_create import assign_host_ports, port_claim
 from undercroft.operations.vm_power import check_present
+from undercroft.operations.volume_use import check_settled
 from undercroft.store.interface import Check, Claim, Put, Transaction
 
 MOST = 1000  # clones of one request
@@ -71,6 +72,7 @@ async def clone_vm(context: Context, caller: Caller, ref: str, request: CloneReq
         vm = found.record
         check_present(vm)
         check_queue(vm)
+        await check_settled(context, vm)
         if vm.status.state is VMState.CREATING:
             raise WrongStateError(
                 f"{vm.label} is being made", object=vm.label, action="wait until it is there"
@@ -85,6 +87,8 @@ async def clone_vm(context: Context, caller: Caller, ref: str, request: CloneReq
                 action=f"start it first, or: croft clone {vm.meta.name} NAME --linked",
                 state=vm.status.state,
             )
+        if instant:
+            check_can_be_saved(vm)
         template = Template(
             meta=Meta(
                 id=(id := new_id("template")),

@@ -35,9 +35,10 @@ from undercroft.model.vm import (
     Protocol,
     VMSpec,
 )
-from undercroft.model.volume import Volume, VolumeSpec, check_volume_size
+from undercroft.model.volume import Volume
 from undercroft.operations.access import Caller
 from undercroft.operations.context import Context, find, new_event, new_task, scope
+from undercroft.operations.vm_disks import NewDisks, new_disks
 from undercroft.store.interface import Check, Claim, Put, Transaction, Versioned
 
 HOST_PORTS = range(20000, 30000)  # where forwards without a stated host port are put
@@ -65,7 +66,7 @@ async def create(context: Context, caller: Caller, request: VMCreate) -> Task:
     image, content = await _image(context, request)
     for attempt in range(20):
         name = request.name or _invent_name(request)
-        vm, volume, forwards = await _compose(
+        vm, disks, forwards = await _compose(
             context, request, name, image.record if image else None, content
         )
         task = new_task(context, "vm.create", vm, caller.name, start=request.start)
@@ -76,10 +77,11 @@ async def create(context: Context, caller: Caller, request: VMCreate) -> Task:
         puts = [Put(vm), Put(task), Put(event)]
         claims = [Claim(scope("vm", vm.meta.project), name, vm.meta.id)]
         claims += [Claim(*port_claim(context.host, forward), vm.meta.id) for forward in forwards]
-        if volume is not None:
-            puts.append(Put(volume))
-            claims.append(Claim(scope("volume"), volume.meta.name, volume.meta.id))
+        puts += [Put(volume) for volume in disks.made]
+        puts += [Put(taken.record) for taken in disks.taken]
+        claims += [Claim(scope("volume"), v.meta.name, v.meta.id) for v in disks.made]
         checks = [Check(Image, image.record.meta.id, image.revision)] if image is not None else []
+        checks += [Check(Volume, taken.record.meta.id, taken.revision) for taken in disks.taken]
         try:
             await context.store.transact(Transaction(checks=checks, claims=claims, puts=puts))
         except AlreadyExistsError as taken:
@@ -178,16 +180,16 @@ async def _compose(
     name: str,
     image: Image | None,
     content: ImageContent | None,
-) -> tuple[VM, Volume | None, tuple[Forward, ...]]:
+) -> tuple[VM, NewDisks, tuple[Forward, ...]]:
     now = context.clock()
     id = new_id("vm")
-    volume = _volume(context, request, name, id, image, content)
+    disks = await new_disks(context, request, name, id, image, content)
     ports = await _ports(context, request, content)
-    spec = _spec(context, request, image, content, volume, ports)
+    spec = _spec(context, request, image, content, tuple(disks.disks), ports)
     check_vm_spec(spec)
     forwards = tuple(forward for port in ports for forward in port.forwards)
     meta = Meta(id=id, name=name, project=request.project, created=now, labels=request.labels)
-    return VM(meta=meta, spec=spec), volume, forwards
+    return VM(meta=meta, spec=spec), disks, forwards
 
 
 def _spec(
@@ -195,7 +197,7 @@ def _spec(
     request: VMCreate,
     image: Image | None,
     content: ImageContent | None,
-    volume: Volume | None,
+    disks: tuple[Disk, ...],
     ports: tuple[Port, ...],
 ) -> VMSpec:
     arch = request.arch or (content.arch if content else "x86_64")
@@ -248,7 +250,7 @@ def _spec(
         display=display,
         image=image.meta.id if image else None,
         kernel_arguments=request.kernel_arguments,
-        disks=(Disk(volume=volume.meta.id),) if volume else (),
+        disks=disks,
         ports=ports,
         guest=_guest(request, content),
         restart=request.restart,
@@ -278,36 +280,6 @@ def _guest(request: VMCreate, content: ImageContent | None) -> Guest:
     if guest.user is None and content is not None and content.cloud_init:
         guest = msgspec.structs.replace(guest, user=content.defaults.user)
     return guest
-
-
-def _volume(
-    context: Context,
-    request: VMCreate,
-    name: str,
-    vm: str,
-    image: Image | None,
-    content: ImageContent | None,
-) -> Volume | None:
-    base = content.virtual_size if content is not None and content.disk is not None else 0
-    if request.disk is None and base == 0:
-        return None
-    size = request.disk if request.disk is not None else base
-    check_volume_size(size)
-    if size < base:
-        raise InvalidError(
-            f"a disk of {size} bytes is smaller than the image's {base}",
-            object=image.label if image else None,
-            action="leave --disk out, or choose a larger one",
-        )
-    return Volume(
-        meta=Meta(id=new_id("volume"), name=f"{name}-boot", created=context.clock()),
-        spec=VolumeSpec(
-            size=size,
-            image=image.meta.id if image is not None and base else None,
-            host=context.host,
-            vm=vm,
-        ),
-    )
 
 
 async def _ports(

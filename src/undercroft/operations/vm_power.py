@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from undercroft.model.checks import check_can_be_saved
 from undercroft.model.errors import InvalidError, StaleError, WrongStateError
 from undercroft.model.requests import StopRequest
 from undercroft.model.task import Task
@@ -86,9 +87,11 @@ def can_resume(vm: VM) -> None:
 
 
 def can_suspend(vm: VM) -> None:
-    """Raises `WrongStateError` where suspending makes no sense."""
+    """Raises `WrongStateError` where suspending makes no sense, `UnsupportedError` where it cannot
+    be done."""
     if vm.spec.power not in (Power.RUNNING, Power.PAUSED) or _rests(vm):
         raise _refuse(vm, "suspended")
+    check_can_be_saved(vm)
 
 
 def can_restart(vm: VM) -> None:

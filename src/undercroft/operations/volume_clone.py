@@ -79,7 +79,7 @@ async def clone_volume(context: Context, caller: Caller, ref: str, request: Volu
             clone=volume.meta.id,
             snapshot=new_id("snapshot"),
             name=f"clone-{volume.meta.id}",
-            spec=msgspec.to_builtins(SnapshotSpec(vm=source.spec.vm or "", passing=True)),
+            spec=msgspec.to_builtins(SnapshotSpec(vm=source.spec.user or "", passing=True)),
         )
         if request.full:
             task = new_task(context, "volume.flatten", volume, caller.name)
@@ -138,10 +138,10 @@ async def _queued(
     volume = found.record
     checks = [Check(Volume, volume.meta.id, found.revision)]
     task = new_task(context, verb, about or volume, caller.name, **arguments)
-    if volume.spec.vm is None:
+    if volume.spec.user is None:
         wanted = msgspec.structs.replace(volume, tasks=(*volume.tasks, task.meta.id))
         return checks, [Put(wanted), Put(task)], task
-    owner = await find(context.store, VM, volume.spec.vm)
+    owner = await find(context.store, VM, volume.spec.user)
     vm = owner.record
     check_present(vm)
     check_queue(vm)

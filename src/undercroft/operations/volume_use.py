@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from undercroft.model.errors import AlreadyExistsError, BusyError, WrongStateError
 from undercroft.model.snapshot import Snapshot
+from undercroft.model.task import Task
 from undercroft.model.vm import VM
 from undercroft.model.volume import Volume, VolumeState
 from undercroft.operations.context import Context
@@ -15,7 +16,7 @@ async def users_of(context: Context, volume: Volume) -> list[VM | Snapshot]:
     users: list[VM | Snapshot] = [
         item.record
         for item in (await context.store.list(VM)).items
-        if item.record.meta.id == volume.spec.vm
+        if item.record.meta.id in (volume.spec.vm, volume.spec.attached)
         or any(disk.volume == id for disk in item.record.spec.disks)
     ]
     users += [
@@ -47,6 +48,27 @@ def check_idle(volume: Volume) -> None:
             object=volume.label,
             action="wait for it: croft task ls",
             tasks=volume.tasks,
+        )
+
+
+async def check_settled(context: Context, vm: VM) -> None:
+    """Does nothing if no disk of a VM is still to come or to go. What is written down for all of
+    its disks now would not be for those that it has then.
+
+    Raises:
+        BusyError: one is.
+    """
+    waiting = []
+    for id in vm.tasks:
+        task = await context.store.get(Task, id)
+        if task is not None and task.record.spec.verb in ("volume.attach", "volume.detach"):
+            waiting.append(id)
+    if waiting:
+        raise BusyError(
+            f"a disk of {vm.label} is just being attached or detached",
+            object=vm.label,
+            action="wait for it: croft task ls",
+            tasks=waiting,
         )
 
 

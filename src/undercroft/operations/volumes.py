@@ -29,17 +29,15 @@ from undercroft.operations.context import (
     pending,
     scope,
 )
+from undercroft.operations.disks import DiskOperations
 from undercroft.operations.volume_clone import clone_volume, flatten_volume
 from undercroft.operations.volume_tree import layer_tree
 from undercroft.operations.volume_use import already_exists, check_idle, users_of
 from undercroft.store.interface import Check, Claim, Listing, Put, Transaction, Versioned
 
 
-class VolumeOperations:
+class VolumeOperations(DiskOperations):
     """Every verb on volumes."""
-
-    def __init__(self, context: Context) -> None:
-        self._context = context
 
     async def get(self, caller: Caller, ref: str) -> Versioned[Volume]:
         """The volume with this name or id."""

@@ -19,7 +19,14 @@ from undercroft.storage.formats.empty import write_empty
 from undercroft.storage.process import run, tool
 from undercroft.storage.threads import in_thread
 
-__all__ = ["VolumeInfo", "check_volume", "copy_chain", "create_volume", "volume_info"]
+__all__ = [
+    "VolumeInfo",
+    "check_volume",
+    "copy_chain",
+    "create_volume",
+    "resize_volume",
+    "volume_info",
+]
 
 _CREATE_TIMEOUT = 60.0
 _COPY_TIMEOUT = 24 * 3600.0
@@ -196,6 +203,25 @@ async def volume_info(path: Path) -> VolumeInfo:
         raise DataCorruptError(
             f"{path} is not a volume that can be read: {error}", object=str(path)
         ) from error
+
+
+async def resize_volume(path: Path, size: int) -> None:
+    """Makes a volume that nobody uses larger (bytes as the guest sees them). May be repeated.
+
+    Raises:
+        NoSpaceError: the host's disk is full. ProgramError: qemu-img failed.
+    """
+    file = {"driver": "file", "filename": str(path)}
+    # What the header says of a file beneath is not followed; the new part is empty either way.
+    image = json.dumps({"driver": "qcow2", "backing": None, "file": file})
+    command = [tool("qemu-img", package="qemu-utils"), "resize", "-q", f"json:{image}", str(size)]
+    try:
+        await run(command, timeout=_CREATE_TIMEOUT)
+    except ProgramError as error:
+        if "No space left" in error.message:
+            raise _full(path) from None
+        raise
+    await in_thread(lambda _: _sync(path))
 
 
 async def check_volume(path: Path, *, repair: bool = False) -> list[str]:

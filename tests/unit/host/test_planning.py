@@ -73,6 +73,7 @@ async def test_a_whole_plan(rig: Rig) -> None:
             helper=True,
             vmgenid=generation_id(vm.meta.id),
             generation=1,
+            hot_ports=16,
             disks=plan.disks,
             ports=(
                 PlanPort(

@@ -6,9 +6,12 @@ of Undercroft, and guests that name interfaces by slot would lose them.
 
     00  host bridge      05     pvpanic             0d-18  disks and their controllers
     01  display          06     USB                 19     seed
-    02  entropy          07-0c  network adapters    1a-1e  free
-    03  balloon                                     1f     (q35) ISA bridge, AHCI
+    02  entropy          07-0c  network adapters    1c-1e  free
+    03  balloon              1a-1b  hot-plug ports  1f     (q35) ISA bridge, AHCI
     04  virtio-serial
+
+What is on the root bus itself stays there while the guest runs. Disks but for the first are each
+behind a port of their own, where they can come and go; the last port is the SCSI controller's.
 """
 
 from __future__ import annotations
@@ -21,14 +24,18 @@ from undercroft.model.errors import InvalidError
 __all__ = [
     "BALLOON",
     "DISPLAY",
+    "HOT_PORTS",
     "PVPANIC",
     "RNG",
+    "SCSI_PORT",
     "SEED",
     "SERIAL",
     "USB",
     "Device",
     "disk_slot",
+    "in_port",
     "nic_slot",
+    "port_slot",
 ]
 
 DISPLAY = Slot(0x01)
@@ -39,6 +46,8 @@ PVPANIC = Slot(0x05)
 USB = Slot(0x06)
 SEED = Slot(0x19)
 
+HOT_PORTS = 16
+SCSI_PORT = HOT_PORTS - 1
 _NIC_SLOTS = range(0x07, 0x0D)
 _DISK_SLOTS = range(0x0D, 0x19)
 _FUNCTIONS = 8
@@ -49,6 +58,17 @@ class Device(Protocol):
 
     def add_to(self, line: Line) -> None:
         """Adds its arguments and handles."""
+
+
+def port_slot(number: int) -> Slot:
+    """The place of hot-plug port ``number`` itself."""
+    slot, function = divmod(number, _FUNCTIONS)
+    return Slot(0x1A + slot, function, shared=function == 0)
+
+
+def in_port(number: int) -> Slot:
+    """The place behind hot-plug port ``number``."""
+    return Slot(0, bus=f"port{number}")
 
 
 def nic_slot(index: int, count: int) -> Slot:

@@ -32,6 +32,8 @@ _FIRST = ["virtio_pci", "virtio_mmio", "virtio_console", "virtio_blk", "virtio_n
 _LATER = [
     "virtio_rng", "virtio_balloon", "virtio_mem", "pvpanic_pci", "pvpanic_mmio",
     "button", "evdev", "overlay",
+    # Disks on the other buses, which may be plugged in at any time, and CD-ROMs.
+    "virtio_scsi", "sd_mod", "sr_mod", "nvme", "ahci", "isofs",
 ]  # fmt: skip
 # The agent's libraries are in these packages; their names gain a suffix in later suites (t64).
 _LIBRARY_PACKAGES = re.compile(
