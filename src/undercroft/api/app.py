@@ -19,6 +19,7 @@ from undercroft.api.exports import ExportController
 from undercroft.api.guests import GuestController
 from undercroft.api.hosts import HostController
 from undercroft.api.images import ImageController
+from undercroft.api.imports import ImportController, UploadController
 from undercroft.api.problems import answer_problem
 from undercroft.api.snapshots import SnapshotController
 from undercroft.api.statistics import Statistics
@@ -56,6 +57,8 @@ ROUTES: list[ControllerRouterHandler] = [
     vnc_page,
     ImageController,
     ExportController,
+    ImportController,
+    UploadController,
     VolumeController,
     layers,
     TaskController,

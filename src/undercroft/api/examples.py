@@ -25,6 +25,8 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "createTemplate": {"name": "debian-warm", "source": "web1", "memory": True},
     "cloneTemplate": {"count": 10},
     "createExport": {"vm": "web1", "format": "ova"},
+    "createImport": {"path": "/srv/web1.ova", "file": "web1.ova", "name": "web1"},
+    "examineImport": {"path": "/srv/web1.ova", "file": "web1.ova"},
     "execInVM": {"argv": ["uname", "-a"], "timeout": 10.0},
     "createVolume": {"name": "data1", "size": 20 << 30},
     "cloneVolume": {"name": "data2", "full": False},

@@ -41,6 +41,7 @@ TAGS = {
     "templates": "Frozen VMs to make others from.",
     "images": "What VMs are made from.",
     "exports": "VMs as files for other systems.",
+    "imports": "VMs out of files of other systems.",
     "volumes": "The disks of VMs.",
     "tasks": "Operations under way.",
     "events": "What happened, and what happens.",
@@ -48,7 +49,7 @@ TAGS = {
 }
 _REFERENCE = "#/components/schemas/{name}"
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
-_STREAMED = ("uploadImage", "writeFile")
+_STREAMED = ("uploadImage", "writeFile", "appendUpload")
 
 
 def describe(app: Litestar) -> bytes:

@@ -14,6 +14,7 @@ from undercroft.client.connect import Endpoint
 from undercroft.client.decode import convert, decode
 from undercroft.client.exports import ExportsClient
 from undercroft.client.images import ImagesClient
+from undercroft.client.imports import ImportsClient
 from undercroft.client.noun import Noun, Versioned
 from undercroft.client.raw import Raw
 from undercroft.client.snapshots import SnapshotsClient
@@ -73,6 +74,7 @@ class Client:
         self.vms = VMsClient(self.raw)
         self.images = ImagesClient(self.raw)
         self.exports = ExportsClient(self.raw)
+        self.imports = ImportsClient(self.raw)
         self.snapshots = SnapshotsClient(self.raw)
         self.templates = TemplatesClient(self.raw)
         self.volumes = VolumesClient(self.raw)

@@ -12,6 +12,7 @@ from undercroft.host.cloning import fork, make_clone
 from undercroft.host.environment import UID_BASE, Environment
 from undercroft.host.files import remove_tree
 from undercroft.host.identity import see_to_the_rest
+from undercroft.host.importing import forget_upload, make_disks
 from undercroft.host.individuality import individual, make_individual
 from undercroft.host.layers import collect_layers, head_layer, make_layer, volume_status
 from undercroft.host.outcome import TaskRun, change_status, write
@@ -44,7 +45,9 @@ async def create(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
         finally:
             environment.forks -= 1
     if vm.status.state is VMState.CREATING:
-        for disk in vm.spec.disks:
+        if "import" in run.arguments:
+            await make_disks(environment, vm, run)
+        for disk in vm.spec.disks if "import" not in run.arguments else ():
             await run.progress(None, "making the disk")
             await _make_volume(environment, disk.volume)
         made = await write(
@@ -56,9 +59,14 @@ async def create(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
         vm = made or vm
     # Whoever switches it off meanwhile does not want it started.
     if not run.arguments.get("start") or vm.spec.power is not Power.RUNNING:
-        return Outcome(lambda record: record, result={"vm": vm.meta.id})
-    outcome = await power.start(actor, vm, run)
+        outcome = Outcome(lambda record: record)
+    else:
+        outcome = await power.start(actor, vm, run)
     outcome.result["vm"] = vm.meta.id
+    if "import" in run.arguments:
+        outcome.event, outcome.message = "vm.imported", f"{vm.label} was imported"
+        outcome.result["notes"] = run.arguments.get("notes", [])
+        outcome.after = partial(forget_upload, environment, run)
     return outcome
 
 

@@ -9,6 +9,7 @@ import msgspec
 import structlog
 
 from undercroft.host.attachments import not_attached
+from undercroft.host.importing import forget_upload
 from undercroft.host.outcome import TaskRun, change_spec, change_status, finish, write
 from undercroft.model.errors import UndercroftError
 from undercroft.model.event import EventLevel
@@ -95,6 +96,7 @@ async def _undo_creation(actor: VMActor, run: TaskRun, error: UndercroftError | 
     )
     if removal.after is not None:
         await removal.after()
+    await forget_upload(actor.environment, run)
 
 
 def _given_up(vm: VM) -> VM:

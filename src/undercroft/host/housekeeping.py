@@ -9,6 +9,7 @@ import structlog
 from undercroft.host.environment import Environment
 from undercroft.host.exports import sweep_exports
 from undercroft.host.fetching import downloads
+from undercroft.host.importing import sweep_uploads
 from undercroft.host.templates import collect_templates
 from undercroft.host.volume_clone import collect_clones
 from undercroft.model.errors import UndercroftError
@@ -24,6 +25,7 @@ KEEP_TASKS = 1_000
 KEEP_EVENTS = 10_000
 KEEP_REVISIONS = 20_000
 KEEP_EXPORTS = 86400.0  # seconds that an export waits to be fetched
+KEEP_UPLOADS = 86400.0  # seconds that what was sent waits to go on, or to be imported
 KEEP_DOWNLOADS = 7 * 86400.0  # seconds that the part of a file waits for its download to go on
 BATCH = 500
 
@@ -52,5 +54,6 @@ async def tidy(environment: Environment) -> None:
     await collect_templates(environment)
     await collect_clones(environment)
     await sweep_exports(environment, environment.clock() - KEEP_EXPORTS)
+    await sweep_uploads(environment, environment.clock() - KEEP_UPLOADS)
     since = environment.clock() - KEEP_DOWNLOADS
     await asyncio.to_thread(sweep_downloads, downloads(environment), since)

@@ -172,6 +172,11 @@ async def make_layer(
                 await create_volume(pattern, layer.spec.size, base=base, tmp=environment.tmp)
             half = environment.directory.new_tmp(id)
             await asyncio.to_thread(_copy, pattern, half, path)
+    await layer_is_made(environment, id)
+
+
+async def layer_is_made(environment: Environment, id: str) -> None:
+    """Writes that a layer's file is there."""
     await update(environment.store, Layer, id, _ready)
 
 

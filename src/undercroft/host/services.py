@@ -8,8 +8,10 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
+from undercroft.host import uploads
 from undercroft.host.environment import Environment
 from undercroft.host.exports import read_export
+from undercroft.host.importing import examine
 from undercroft.host.usage import measure
 from undercroft.host.volume_check import check_volumes
 from undercroft.hypervisor.console import read_log
@@ -18,8 +20,9 @@ from undercroft.hypervisor.machine import QemuMachine
 from undercroft.model.errors import GuestAgentError, UndercroftError, WrongStateError
 from undercroft.model.names import new_id
 from undercroft.model.requests import CheckReport, ExecRequest, ExecResult, VMSample
+from undercroft.model.transfer import ImportSource, UploadStatus
 from undercroft.model.vm import VM
-from undercroft.operations.services import ByteStream, ConsoleSession
+from undercroft.operations.services import ByteStream, ConsoleSession, Examined
 from undercroft.storage.catalogue import FILE_NAME, CatalogueEntry, load_catalogue
 
 READ_SIZE = 64 << 10
@@ -155,6 +158,24 @@ class LocalHost:
     def read_export(self, path: Path, start: int, end: int) -> AsyncIterator[bytes]:
         """The bytes of a finished file of an export."""
         return read_export(path, start, end)
+
+    async def examine(self, source: ImportSource) -> Examined:
+        """What is in a file that comes in."""
+        return await examine(self._environment, source)
+
+    async def upload_status(self, key: str) -> UploadStatus:
+        """How much of what is being sent is there."""
+        return await uploads.status(self._environment, key)
+
+    async def append_upload(
+        self, key: str, offset: int, content: AsyncIterator[bytes]
+    ) -> UploadStatus:
+        """Adds to it."""
+        return await uploads.append(self._environment, key, offset, content)
+
+    async def remove_upload(self, key: str) -> UploadStatus:
+        """Forgets it."""
+        return await uploads.remove(self._environment, key)
 
     def upload_path(self, name: str) -> Path:
         """A fresh path for content that is being sent."""

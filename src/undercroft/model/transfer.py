@@ -37,10 +37,12 @@ class UploadStatus(Model, frozen=True, kw_only=True):
 class ImportSource(Spec, frozen=True, kw_only=True):
     """Where a VM or a disk comes from: the key of an ``upload``, or the ``path`` of a file on the
     daemon's host. ``file`` is how it was called where it came from; ``format``: that of a lone disk
-    that does not tell it (raw); ``system``: which VM, if there are several in it."""
+    that does not tell it (raw); ``system``: which VM, if there are several in it; ``stamp``: what
+    the file at ``path`` must still be, ``DEVICE:INODE:SIZE:MTIME`` (the last in nanoseconds)."""
 
     upload: str | None = None
     path: str | None = None
+    stamp: str | None = None
     file: str = "disk"
     format: DiskFormat | None = None
     system: str | None = None

@@ -11,9 +11,11 @@ from undercroft.operations.access import Caller
 from undercroft.operations.context import Context, find
 from undercroft.operations.exports import ExportOperations
 from undercroft.operations.images import ImageOperations
+from undercroft.operations.imports import ImportOperations
 from undercroft.operations.snapshots import SnapshotOperations
 from undercroft.operations.tasks import TaskOperations
 from undercroft.operations.templates import TemplateOperations
+from undercroft.operations.uploads import UploadOperations
 from undercroft.operations.vms import VMOperations
 from undercroft.operations.volumes import VolumeOperations
 from undercroft.store.interface import Listing, Store, Versioned
@@ -88,6 +90,8 @@ class Operations:
         self.snapshots = SnapshotOperations(context)
         self.templates = TemplateOperations(context)
         self.exports = ExportOperations(context)
+        self.imports = ImportOperations(context)
+        self.uploads = UploadOperations(context)
         self.images = ImageOperations(context)
         self.volumes = VolumeOperations(context)
         self.tasks = TaskOperations(context)

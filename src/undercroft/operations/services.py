@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from undercroft.model.appliance import Appliance
 from undercroft.model.requests import CheckReport, ExecRequest, ExecResult, VMSample
+from undercroft.model.transfer import ImportSource, UploadStatus
 from undercroft.model.vm import VM
 from undercroft.storage.catalogue import CatalogueEntry
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What is in a file that comes in: ``image`` is the digest of the image whose kernel it booted
+    where it came from; ``arch`` that of its processor."""
+
+    appliance: Appliance
+    image: str | None
+    arch: str
 
 
 class ConsoleSession(Protocol):
@@ -87,6 +100,20 @@ class HostServices(Protocol):
 
     def read_export(self, path: Path, start: int, end: int) -> AsyncIterator[bytes]:
         """The bytes of a finished file of an export, from ``start`` up to ``end``."""
+
+    async def examine(self, source: ImportSource) -> Examined:
+        """What is in a file that comes in; `HostileImageError` if it is refused."""
+
+    async def upload_status(self, key: str) -> UploadStatus:
+        """How much of what is being sent is there."""
+
+    async def append_upload(
+        self, key: str, offset: int, content: AsyncIterator[bytes]
+    ) -> UploadStatus:
+        """Adds to it; see `undercroft.operations.uploads`."""
+
+    async def remove_upload(self, key: str) -> UploadStatus:
+        """Forgets it; what it was."""
 
     def upload_path(self, name: str) -> Path:
         """A fresh path in the data directory for content that is being sent (`ImageSourceKind`

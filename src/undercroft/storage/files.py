@@ -141,8 +141,10 @@ def copy_sparse(
     report: Callable[[int], None] = lambda done: None,
     *,
     limit: int | None = None,
+    start: int = 0,
 ) -> str:
-    """Copies from a descriptor into a new file, with holes for zeros; returns its SHA-256 in hex.
+    """Copies from a descriptor, from byte ``start`` on, into a new file, with holes for zeros;
+    returns the SHA-256 of what was copied in hex.
 
     At most ``limit`` bytes are read: a file that grows under our hands cannot grow for ever.
     """
@@ -151,7 +153,8 @@ def copy_sparse(
     fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with open(fd, "wb", buffering=0):
         while limit is None or done < limit:
-            chunk = os.pread(source, _CHUNK if limit is None else min(_CHUNK, limit - done), done)
+            most = _CHUNK if limit is None else min(_CHUNK, limit - done)
+            chunk = os.pread(source, most, start + done)
             if not chunk:
                 break
             stop.check()

@@ -25,7 +25,7 @@ from undercroft.storage.images import ImageStore
 from undercroft.storage.process import Identity, Progress, no_progress, share_of
 from undercroft.storage.threads import Stop, in_thread
 
-__all__ = ["UNTRUSTED", "ImportOptions", "import_image"]
+__all__ = ["UNTRUSTED", "ImportOptions", "import_image", "open_plain"]
 
 UNTRUSTED = Identity(65534, 65534)
 """Whom qemu-img runs as when this process is root: nobody."""
@@ -104,7 +104,7 @@ def _receive(
     source: Path, work: Path, options: ImportOptions, progress: Progress, stop: Stop
 ) -> tuple[DiskFormat, Inspected]:
     """Brings the source into ``work`` as ``source`` and inspects it there."""
-    fd = _open_plain(source)
+    fd = open_plain(source)
     try:
         # A quick look before the copy, so that nonsense is refused without waiting for it.
         format = options.format or recognise(fd)
@@ -140,8 +140,12 @@ def _receive(
         os.close(fd)
 
 
-def _open_plain(path: Path) -> int:
-    """Opens a plain file (a FIFO or a device could block for ever, or never end)."""
+def open_plain(path: Path) -> int:
+    """Opens a plain file (a FIFO or a device could block for ever, or never end).
+
+    Raises:
+        NotFoundError: there is none. InvalidError: it is something else, or cannot be read.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except (FileNotFoundError, NotADirectoryError):

@@ -16,17 +16,19 @@ import msgspec
 from undercroft.api.server import ApiServer
 from undercroft.client.client import Client
 from undercroft.client.connect import Endpoint
+from undercroft.model.appliance import Appliance, ApplianceDisk
 from undercroft.model.base import Meta
 from undercroft.model.errors import GuestAgentError, UndercroftError
 from undercroft.model.host import Host, HostStatus
 from undercroft.model.names import new_id
 from undercroft.model.requests import CheckReport, ExecRequest, ExecResult, VMSample
 from undercroft.model.task import Task, TaskState, TaskStatus
+from undercroft.model.transfer import ImportSource, UploadStatus
 from undercroft.model.vm import VM, VMSpec, VMState, VMStatus
 from undercroft.operations.access import SYSTEM
 from undercroft.operations.context import Context
 from undercroft.operations.core import Operations
-from undercroft.operations.services import ByteStream, ConsoleSession
+from undercroft.operations.services import ByteStream, ConsoleSession, Examined
 from undercroft.storage.catalogue import CatalogueEntry, load_catalogue
 from undercroft.store.datadir import DataDirectory
 from undercroft.store.interface import Claim, Put, Transaction, update
@@ -73,6 +75,7 @@ class FakeHost:
 
     tmp: Path
     files: dict[str, bytes] = field(default_factory=dict)
+    uploads: dict[str, bytes] = field(default_factory=dict)
     consoles: list[Echo] = field(default_factory=list)
     running: list[VMSample] = field(default_factory=list)
     repaired: list[bool] = field(default_factory=list)
@@ -135,6 +138,24 @@ class FakeHost:
         content = path.read_bytes()[start:end]
         for at in range(0, len(content), 50_000):
             yield content[at : at + 50_000]
+
+    async def examine(self, source: ImportSource) -> Examined:
+        disk = ApplianceDisk(file="web1.vmdk", size=1 << 30)
+        return Examined(Appliance(name="web1", disks=(disk,)), None, "x86_64")
+
+    async def upload_status(self, key: str) -> UploadStatus:
+        return UploadStatus(key=key, size=len(self.uploads.get(key, b"")))
+
+    async def append_upload(
+        self, key: str, offset: int, content: AsyncIterator[bytes]
+    ) -> UploadStatus:
+        self.uploads[key] = self.uploads.get(key, b"") + b"".join(
+            [piece async for piece in content]
+        )
+        return await self.upload_status(key)
+
+    async def remove_upload(self, key: str) -> UploadStatus:
+        return UploadStatus(key=key, size=len(self.uploads.pop(key, b"")))
 
     def upload_path(self, name: str) -> Path:
         return self.tmp / f"upload-{secrets.token_hex(8)}"

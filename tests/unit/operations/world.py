@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from undercroft.model.appliance import Appliance
 from undercroft.model.base import Meta, Record
 from undercroft.model.image import (
     Image,
@@ -22,12 +23,13 @@ from undercroft.model.image import (
 from undercroft.model.names import new_id
 from undercroft.model.requests import CheckReport, ExecRequest, ExecResult, VMCreate, VMSample
 from undercroft.model.task import Task, TaskState
+from undercroft.model.transfer import ImportSource, UploadStatus
 from undercroft.model.vm import VM, Power, VMState
 from undercroft.model.volume import Volume
 from undercroft.operations.access import SYSTEM, Caller
 from undercroft.operations.context import Context, scope
 from undercroft.operations.core import Operations
-from undercroft.operations.services import ByteStream, ConsoleSession
+from undercroft.operations.services import ByteStream, ConsoleSession, Examined
 from undercroft.storage.catalogue import CatalogueEntry
 from undercroft.store.interface import Claim, Put, Store, Transaction, update
 
@@ -60,6 +62,8 @@ class Services:
     def __init__(self, tmp: Path) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self._tmp = tmp
+        self.uploads: dict[str, bytes] = {}
+        self.examined = Examined(Appliance(name="Old Server"), None, "x86_64")
 
     async def exec(self, vm: VM, request: ExecRequest) -> ExecResult:
         self.calls.append(("exec", vm.meta.id, request))
@@ -109,6 +113,24 @@ class Services:
 
     def read_export(self, path: Path, start: int, end: int) -> AsyncIterator[bytes]:
         raise NotImplementedError
+
+    async def examine(self, source: ImportSource) -> Examined:
+        self.calls.append(("examine", source))
+        return self.examined
+
+    async def upload_status(self, key: str) -> UploadStatus:
+        return UploadStatus(key=key, size=len(self.uploads.get(key, b"")))
+
+    async def append_upload(
+        self, key: str, offset: int, content: AsyncIterator[bytes]
+    ) -> UploadStatus:
+        self.uploads[key] = self.uploads.get(key, b"") + b"".join(
+            [piece async for piece in content]
+        )
+        return await self.upload_status(key)
+
+    async def remove_upload(self, key: str) -> UploadStatus:
+        return UploadStatus(key=key, size=len(self.uploads.pop(key, b"")))
 
     def upload_path(self, name: str) -> Path:
         return self._tmp / f"upload-{new_id('image').removeprefix('img-')}"

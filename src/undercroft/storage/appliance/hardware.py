@@ -15,8 +15,10 @@ from undercroft.model.vm import DiskBus, NicModel
 from undercroft.storage.appliance.tar import refused
 from undercroft.storage.appliance.xml import Element
 
-__all__ = ["DiskItem", "Hardware", "read_hardware", "units"]
+__all__ = ["ADAPTER", "DiskItem", "Hardware", "read_hardware", "units"]
 
+ADAPTER = "network adapter"
+"""How notes on those begin."""
 _CPU, _MEMORY, _IDE, _SCSI, _NETWORK = "3", "4", "5", "6", "10"
 _FLOPPY, _CD, _DVD, _DISK, _STORAGE = "14", "15", "16", "17", "20"
 _DROPPED = {
@@ -136,7 +138,7 @@ def _take(
     elif kind == _NETWORK:
         model = NicModel.VIRTIO if "virtio" in subtype else NicModel.E1000E
         if model is NicModel.E1000E and subtype not in ("e1000", "e1000e", ""):
-            found.notes.append(f"network adapter {subtype[:20]!r} becomes e1000e")
+            found.notes.append(f"{ADAPTER} {subtype[:20]!r} becomes e1000e")
         found.ports.append(AppliancePort(network=item.value("Connection")[:80], model=model))
     elif "vtpm" in subtype or "tpm" in subtype.split("."):
         found.tpm = True

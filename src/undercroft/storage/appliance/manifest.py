@@ -14,7 +14,7 @@ from undercroft.storage.threads import Stop
 __all__ = ["MAX_MANIFEST", "Checksums", "read_manifest", "verify", "write_manifest"]
 
 MAX_MANIFEST = 1 << 20
-_LINE = re.compile(r"\s*(SHA1|SHA256|SHA512)\s*\(([^)]{1,255})\)\s*=\s*([0-9a-fA-F]{40,128})\s*")
+_LINE = re.compile(r"\s*(SHA1|SHA256|SHA512)\s*\((.{1,255})\)\s*=\s*([0-9a-fA-F]{40,128})\s*")
 _DIGITS = {"SHA1": 40, "SHA256": 64, "SHA512": 128}
 _CHUNK = 1 << 20
 

@@ -7,12 +7,15 @@ if the descriptor says that it is required (which it is unless it says otherwise
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from urllib.parse import unquote
 
 from undercroft.model.appliance import AppliancePort
 from undercroft.model.errors import InvalidError
 from undercroft.model.vm import DiskBus, Firmware, NicModel
 from undercroft.storage.appliance.hardware import (
+    ADAPTER,
     Hardware,
     number,
     read_hardware,
@@ -21,18 +24,17 @@ from undercroft.storage.appliance.hardware import (
 from undercroft.storage.appliance.tar import plain_name, refused
 from undercroft.storage.appliance.xml import Element, parse
 
-__all__ = ["OWN", "Descriptor", "OvfDisk", "OvfFile", "read_descriptor"]
+__all__ = ["OWN", "Descriptor", "OvfDisk", "OvfFile", "plain_reference", "read_descriptor"]
 
 OWN = "urn:undercroft:machine:1"
 """Namespace of what of our VMs has no place elsewhere in a descriptor."""
 _MOST_DISKS = 64
-_ENVELOPE = re.compile(
-    r"http://(www\.)?(schemas\.)?(dmtf\.org|vmware\.com)/\S*ovf/envelope/?[12]?.*"
-)
+_ENVELOPE = re.compile(r"http://schemas\.dmtf\.org/ovf/(envelope/[12]|[12]/envelope)/?")
 _KNOWN = {
     "References", "DiskSection", "NetworkSection", "Strings", "VirtualSystem",
     "VirtualSystemCollection", "Info", "Name", "VirtualHardwareSection", "OperatingSystemSection",
 }  # fmt: skip
+_OF_HARDWARE = ("Info", "System", "Transport", "Config", "ExtraConfig")
 _TOLD = {
     "AnnotationSection": "",
     "ProductSection": "",
@@ -80,8 +82,11 @@ class Descriptor:
     notes: list[str] = field(default_factory=list)
 
 
-def read_descriptor(data: bytes, system: str | None = None) -> Descriptor:
-    """What a descriptor says of its VM, or of that ``system`` of several.
+def read_descriptor(
+    data: bytes, system: str | None = None, names: Collection[str] = ()
+) -> Descriptor:
+    """What a descriptor says of its VM, or of that ``system`` of several. ``names``: of the files
+    that come with it.
 
     Raises:
         HostileImageError: it is malformed, needs something that cannot be had, or reaches outside
@@ -92,7 +97,7 @@ def read_descriptor(data: bytes, system: str | None = None) -> Descriptor:
     if root.name != "Envelope" or _ENVELOPE.fullmatch(root.space) is None:
         raise refused("its descriptor is no OVF envelope of version 1 or 2")
     found = Descriptor()
-    found.files = _files(root)
+    found.files = _files(root, names)
     machine = _machine(root, system, found)
     _check_sections(root, found)
     _check_sections(machine, found)
@@ -113,21 +118,34 @@ def read_descriptor(data: bytes, system: str | None = None) -> Descriptor:
     return found
 
 
-def _files(root: Element) -> dict[str, OvfFile]:
+def plain_reference(href: str, names: Collection[str]) -> str:
+    """The name of the file that is meant. As of the specification it is a URI, but not all that
+    write it take that to heart.
+
+    Raises:
+        HostileImageError: it is not the name of a file in the package.
+    """
+    if ":" in href or href.startswith("/"):
+        raise refused(f"it refers to {href[:80]!r}, which is not in the package")
+    name = plain_name(href)
+    meant = plain_name(unquote(name)) if "%" in name else name
+    return meant if meant in names and name not in names else name
+
+
+def _files(root: Element, names: Collection[str]) -> dict[str, OvfFile]:
     """The files by their ids."""
     found: dict[str, OvfFile] = {}
     section = root.first("References")
     for item in section.all("File") if section is not None else ():
         id, href = item.attributes.get("id", ""), item.attributes.get("href", "")
-        if ":" in href or href.startswith("/"):
-            raise refused(f"it refers to {href[:80]!r}, which is not in the package")
+        name = plain_reference(href, names)
         if item.attributes.get("chunkSize"):
             raise refused(f"{href[:80]!r} is cut into chunks, which is not known here")
         if not id or id in found:
             raise refused("its list of files is malformed")
         stated = item.attributes.get("size")
         found[id] = OvfFile(
-            name=plain_name(href),
+            name=name,
             size=number(stated, "size of a file") if stated else None,
             compression=item.attributes.get("compression", "").lower(),
         )
@@ -214,15 +232,26 @@ def _read_texts(machine: Element, found: Descriptor) -> None:
 
 def _read_settings(section: Element, found: Descriptor) -> None:
     """VMware's own settings: only what they say of the firmware is taken."""
+    dropped: list[str] = []
     for item in section.all("Config"):
         key, value = item.attributes.get("key", ""), item.attributes.get("value", "").lower()
-        if key == "firmware" and value == "efi":
-            found.firmware = Firmware.UEFI
-        elif key == "bootOptions.efiSecureBootEnabled" and value == "true":
-            found.secure_boot = True
+        if key == "firmware":
+            found.firmware = Firmware.UEFI if value == "efi" else found.firmware
+        elif key == "bootOptions.efiSecureBootEnabled":
+            found.secure_boot = value == "true"
+        else:
+            dropped.append(key[:60])
     for item in section.all("ExtraConfig"):
         if item.attributes.get("key") == "nvram":
             found.notes.append("VMware's firmware settings are left out: they begin anew")
+        else:
+            dropped.append(item.attributes.get("key", "")[:60])
+    if dropped:
+        more = f" and {len(dropped) - 5} more" if len(dropped) > 5 else ""
+        found.notes.append(f"settings left out: {', '.join(dropped[:5])}{more}")
+    for child in section.children:
+        if child.name not in _OF_HARDWARE and not child.name.endswith("Item"):
+            found.notes.append(f"{child.name[:60]} of its hardware is left out")
     found.secure_boot = found.secure_boot and found.firmware is Firmware.UEFI
 
 
@@ -288,6 +317,8 @@ def _read_own(own: Element, found: Descriptor) -> None:
         ]
     if len(ports) == len(found.hardware.ports):
         found.hardware.ports = ports
+        # What stood for them elsewhere does not matter here.
+        found.notes = [note for note in found.notes if not note.startswith(ADAPTER)]
     nvram = own.attributes.get("nvram")
     if nvram:
         found.nvram = _file(found, nvram).name

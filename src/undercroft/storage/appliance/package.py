@@ -4,6 +4,7 @@ without reading all of it."""
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 
 from undercroft.model.appliance import Appliance, ApplianceDisk, AppliancePort
@@ -27,6 +28,7 @@ from undercroft.storage.formats.vmdk_extents import (
 __all__ = ["DiskSource", "Package", "open_package"]
 
 _GZIP = b"\x1f\x8b"
+_XML = re.compile(rb"(\xef\xbb\xbf)?\s*<[?!A-Za-z]")  # VDI begins with <<<
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def open_package(
     if format is None and is_tar(head):
         members = {member.name: member for member in read_members(fd, size)}
         return _archive(fd, members, name, system, limits)
-    if format is None and head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
+    if format is None and _XML.match(head):
         raise InvalidError(
             f"{name[:80]} is a descriptor without the disks that it describes",
             action="give croft the .ovf with its disks beside it, or make an OVA of them",
@@ -102,7 +104,7 @@ def _archive(
     if len(descriptors) > 1:
         raise refused("it has several descriptors")
     stem = descriptors[0].name[:-4]
-    found = read_descriptor(_content(fd, descriptors[0], MAX_XML), system)
+    found = read_descriptor(_content(fd, descriptors[0], MAX_XML), system, members.keys())
     manifest = _companion(members, stem, ".mf")
     checksums: Checksums = {}
     if manifest is not None:

@@ -18,6 +18,7 @@ __all__ = [
     "Member",
     "header",
     "is_tar",
+    "long_header",
     "padding",
     "plain_name",
     "read_members",
@@ -60,6 +61,17 @@ def header(name: str, size: int, mtime: int = 0) -> bytes:
     )  # fmt: skip
     block[148:156] = b"%06o\0 " % sum(block)
     return bytes(block)
+
+
+def long_header(name: str, size: int) -> bytes:
+    """The header of a plain file whose name is not ASCII, or longer than 100 characters: GNU's way,
+    the name in a file of its own in front."""
+    text = name.encode() + b"\0"
+    block = bytearray(header("././@LongLink", len(text)))
+    block[156:157] = b"L"
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block) + text + bytes(padding(len(text))) + header("long", size)
 
 
 def padding(size: int) -> int:

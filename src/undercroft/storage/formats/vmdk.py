@@ -71,7 +71,7 @@ def _check_header(image: Image, offset: int, limits: Limits, alone: bool = True)
         raise refuse("its grain directory lies outside of the file (is it truncated?)")
     if start == 0 and offset == 0 and alone:
         raise refuse("it has no descriptor")
-    if start:
+    if start and alone:  # QEMU does not look at that of an extent
         _check_descriptor(image, start * _SECTOR, length * _SECTOR)
     return int(directory)
 
