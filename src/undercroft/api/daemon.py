@@ -17,6 +17,7 @@ from undercroft.host.acceleration import HostAcceleration
 from undercroft.host.agent import HostAgent
 from undercroft.host.environment import Environment
 from undercroft.host.registration import keep_described, register
+from undercroft.host.warming import Room
 from undercroft.operations.context import Context
 from undercroft.operations.core import Operations
 from undercroft.store.datadir import DataDirectory
@@ -61,13 +62,14 @@ async def serve(directory: DataDirectory, listen: str | None) -> None:
         acceleration = HostAcceleration(directory.cache)
         acceleration.begin()
         stack.push_async_callback(acceleration.close)
+        room = Room.read(os.environ.get("CROFT_WARM"))
         environment = Environment(
             store=store,
             host=await register(store, time.time()),
             directory=directory,
             accelerator=acceleration.choose,
         )
-        agent = HostAgent(environment)
+        agent = HostAgent(environment, room)
         await agent.start()
         stack.push_async_callback(agent.close)
         describing = asyncio.create_task(keep_described(environment, acceleration))

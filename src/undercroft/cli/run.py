@@ -122,6 +122,11 @@ class Run(Command):
         machine.add_argument("--arch", help="architecture, where the image does not say")
         machine.add_argument("--kernel-arguments", metavar="TEXT", help="added at direct boot")
         after = parser.add_argument_group("afterwards")
+        after.add_argument(
+            "--cold",
+            action="store_true",
+            help="boot, even if it could go on from an earlier boot",
+        )
         after.add_argument("--console", action="store_true", help="go to its console")
         after.add_argument("--no-start", action="store_true", help="only create it")
         after.add_argument("--detach", action="store_true", help="do not wait; print its name")
@@ -161,6 +166,9 @@ class Run(Command):
             croft.print_json(vm)
         else:
             _tell(croft, vm, image, time.monotonic() - begun)
+            if dig(task, "status.result.template"):
+                note = "it went on from an earlier boot of its like (--cold boots)"
+                croft.say(_line(croft, "warm", note))
         if args.console and not args.no_start:
             from undercroft.cli.console import attach
 
@@ -185,6 +193,8 @@ def _request(args: Namespace) -> dict[str, Any]:
             request["disks"] = others
     if args.volume:
         request["volumes"] = args.volume
+    if args.cold:
+        request["cold"] = True
     if args.secure_boot:
         request["secure_boot"] = True
     if args.tpm:

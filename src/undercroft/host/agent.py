@@ -29,6 +29,7 @@ from undercroft.host.templates import remove_files, sweep_templates
 from undercroft.host.verbs import VM_VERBS
 from undercroft.host.volume_clone import collect_clones
 from undercroft.host.volumes import VolumeWorker
+from undercroft.host.warming import Room, Warmer
 from undercroft.host.worker import Worker
 from undercroft.hypervisor.machine import QemuMachine
 from undercroft.model.base import Record
@@ -40,6 +41,7 @@ from undercroft.model.task import Task
 from undercroft.model.template import Template
 from undercroft.model.vm import VM
 from undercroft.model.volume import Volume
+from undercroft.operations.context import Context
 from undercroft.store.interface import Change, Put, Transaction
 
 log = structlog.get_logger(__name__)
@@ -54,15 +56,19 @@ WATCHED: tuple[type[Record], ...] = (VM, Image, Volume, Export, Task, Template)
 
 
 class HostAgent:
-    """Owner of all that runs on this host. `start` it, `close` it; VMs run on."""
+    """Owner of all that runs on this host. `start` it, `close` it; VMs run on. ``room`` is what
+    warm templates may take (None: nothing)."""
 
-    def __init__(self, environment: Environment) -> None:
+    def __init__(self, environment: Environment, room: Room | None = None) -> None:
         self.environment = environment
         self.services = LocalHost(environment, self.machine, self.check)
         self._actors: dict[str, VMActor] = {}
         self._workers: dict[str, Worker[Any]] = {}  # of images, volumes, exports
         self._background: list[asyncio.Task[None]] = []
         self._removals: set[asyncio.Task[None]] = set()
+        context = Context(environment.store, environment.host, self.services, environment.clock)
+        self.warmer = Warmer(environment, context, self.machine, room or Room(count=0))
+        environment.wish = self.warmer.wish
 
     def machine(self, vm: str) -> QemuMachine | None:
         """The running machine of a VM."""
@@ -100,7 +106,10 @@ class HostAgent:
         revision = min(vms.revision, images.revision, volumes.revision, exports.revision)
         self._background = [
             asyncio.create_task(self._follow(revision), name="follow"),
-            asyncio.create_task(keep_house(self.environment), name="housekeeping"),
+            asyncio.create_task(
+                keep_house(self.environment, self.warmer.shrink), name="housekeeping"
+            ),
+            asyncio.create_task(self.warmer.run(), name="warmer"),
         ]
 
     async def close(self) -> None:

@@ -8,6 +8,8 @@ disks as they were when its source was frozen.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import msgspec
 from undercroft.host.actor import VMActor
 from undercroft.host.attachments import sized
 from undercroft.host.environment import Environment
-from undercroft.host.identity import Steps, plan_steps, read_facts
+from undercroft.host.identity import GuestFacts, Steps, admit, plan_steps, read_facts
 from undercroft.host.individuality import host_keys
 from undercroft.host.layers import get_layer, make_layer, new_layer, volume_status
 from undercroft.host.merging import flatten
@@ -95,16 +97,18 @@ async def _begin_on(
 
 
 async def fork(
-    actor: VMActor, vm: VM, template: Template, macs: Mapping[str, str]
+    actor: VMActor, vm: VM, template: Template, macs: Mapping[str, str], *, warm: bool
 ) -> tuple[QemuMachine, Steps | None]:
     """Lets a clone go on from what its template has in memory; nothing leads into it yet.
-    ``macs``: its adapters' addresses until now, and the new ones. What the guest's helper was told
-    to do first is returned, too, if one waits in it.
+    ``macs``: its adapters' addresses until now, and the new ones. ``warm``: the guest is one that
+    nobody has used, to be the VM's first. What the guest's helper was told to do first is returned,
+    too, if one waits in it.
 
     Raises:
         UndercroftError: it did not work; nothing runs.
     """
     environment = actor.environment
+    facts = await asyncio.to_thread(_facts, environment, vm, template, warm)
     seed = await make_seed(environment, vm)
     disks = await plan_disks(environment, vm)
     directory = environment.template_directory(template.meta.id) / "memory"
@@ -128,7 +132,7 @@ async def fork(
     async with environment.start_slots:
         machine = await QemuMachine.start(plan, emulator, on_event=actor.on_event, hold=True)
         try:
-            steps = await asyncio.to_thread(_steps, environment, vm, template, macs)
+            steps = await asyncio.to_thread(_steps, environment, vm, facts, macs, warm)
             await machine.go(steps.batch if steps is not None else None)
         except BaseException:
             await asyncio.shield(machine.kill())
@@ -136,11 +140,32 @@ async def fork(
         return machine, steps
 
 
+def _facts(environment: Environment, vm: VM, template: Template, warm: bool) -> GuestFacts | None:
+    """What is known of the guest that is frozen; with ``warm``, that all can be done which a first
+    boot would have done. Blocks."""
+    directory = environment.template_directory(template.meta.id)
+    facts = read_facts(directory)
+    if not warm:
+        return facts
+    user = vm.spec.guest.user or "root"
+    if facts is None or (vm.spec.guest.ssh_keys and user not in facts.users):
+        raise DataError(f"the guest of {template.label} takes no keys", object=template.label)
+    with contextlib.suppress(OSError):
+        os.utime(directory)  # by which is known what was not used for longest
+    return facts
+
+
 def _steps(
-    environment: Environment, vm: VM, template: Template, macs: Mapping[str, str]
+    environment: Environment,
+    vm: VM,
+    facts: GuestFacts | None,
+    macs: Mapping[str, str],
+    warm: bool,
 ) -> Steps | None:
-    facts = read_facts(environment.template_directory(template.meta.id))
     if facts is None:
         return None
     keys = host_keys(vm.meta.name) if facts.keys else {}
-    return plan_steps(vm, facts, macs, keys, environment.clock())
+    steps = plan_steps(vm, facts, macs, keys, environment.clock())
+    if warm:
+        admit(steps, vm)
+    return steps

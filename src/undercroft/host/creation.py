@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from functools import partial
 
+import structlog
+
 from undercroft.host import power
 from undercroft.host.actor import Outcome, VMActor
 from undercroft.host.attachments import free_attached
@@ -17,11 +19,12 @@ from undercroft.host.individuality import individual, make_individual
 from undercroft.host.layers import collect_layers, head_layer, make_layer, volume_status
 from undercroft.host.outcome import TaskRun, change_status, write
 from undercroft.host.planning import plan_ports
-from undercroft.host.templates import collect_templates
+from undercroft.host.templates import collect_templates, remove_template
 from undercroft.hypervisor.machine import QemuMachine, RunState
 from undercroft.model.errors import QmpError, TimeLimitError, UndercroftError
 from undercroft.model.requests import CloneMode
 from undercroft.model.snapshot import Snapshot
+from undercroft.model.template import Template
 from undercroft.model.vm import VM, Identity, Power, VMState
 from undercroft.model.volume import Volume, VolumeState
 from undercroft.operations.context import snapshot_scope
@@ -29,6 +32,8 @@ from undercroft.operations.vm_change import removal_releases
 from undercroft.storage.files import allocated, sync_directory
 from undercroft.storage.threads import in_thread
 from undercroft.store.interface import Delete, Put, Release, Transaction, update
+
+log = structlog.get_logger(__name__)
 
 
 async def create(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
@@ -42,6 +47,10 @@ async def create(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
         environment.forks += 1
         try:
             return await _clone(actor, vm, run)
+        except (UndercroftError, OSError) as error:
+            if not await _can_boot_instead(actor, run):
+                raise
+            log.warning("no warm start", vm=vm.meta.name, error=str(error))
         finally:
             environment.forks -= 1
     if vm.status.state is VMState.CREATING:
@@ -67,16 +76,41 @@ async def create(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
         outcome.event, outcome.message = "vm.imported", f"{vm.label} was imported"
         outcome.result["notes"] = run.arguments.get("notes", [])
         outcome.after = partial(forget_upload, environment, run)
+    if warm := str(run.arguments.get("warm", "")):
+        environment.wish(vm.meta.id, warm)
     return outcome
+
+
+async def _can_boot_instead(actor: VMActor, run: TaskRun) -> bool:
+    """Whether a VM that could not go on from a template has been put back to where it can boot. The
+    template goes: the next is made from this boot."""
+    environment = actor.environment
+    found = await environment.store.get(VM, actor.id)
+    if not run.arguments.get("warm") or actor.machine is not None or found is None:
+        return False
+    vm = found.record
+    if vm.status.state is not VMState.CREATING:
+        return False
+    for disk in vm.spec.disks:  # nobody has written to them
+        await update(environment.store, Volume, disk.volume, lambda v: volume_status(v, head=""))
+    template = await environment.store.get(Template, str(run.arguments["template"]))
+    if template is not None:
+        await remove_template(environment, template.record)
+    await collect_layers(environment)
+    return True
 
 
 async def _clone(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
     """Makes a VM that is a clone, and lets it go on or starts it if asked to."""
     environment = actor.environment
     source = str(run.arguments.get("source", ""))
+    warm = "warm" in run.arguments
+    how = "goes on from" if warm else "was cloned from"
     instant = run.arguments.get("mode") == CloneMode.INSTANT
     outcome = Outcome(
-        lambda record: record, event="vm.cloned", message=f"{vm.label} was cloned from {source}"
+        lambda record: record,
+        event="vm.started" if warm else "vm.cloned",
+        message=f"{vm.label} {how} {source}",
     )
     macs = {str(old): str(new) for old, new in run.arguments.get("macs", {}).items()}
     steps = None
@@ -89,7 +123,7 @@ async def _clone(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
             await run.progress(None, "making the disks")
             template = await make_clone(actor, vm, run)
             if instant:
-                forked, steps = await fork(actor, vm, template, macs)
+                forked, steps = await fork(actor, vm, template, macs, warm=warm)
                 actor.take(forked, quietly=True)
         machine = actor.machine
         values = (
@@ -127,6 +161,8 @@ async def _clone(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
         started = await power.start(actor, vm, run)
         outcome.change, outcome.result = started.change, started.result
     outcome.result["vm"] = vm.meta.id
+    if warm:
+        outcome.result["template"] = run.arguments["template"]
     outcome.after = partial(collect_templates, environment)
     return outcome
 

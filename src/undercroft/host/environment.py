@@ -53,6 +53,8 @@ class Environment:
     usage: Usage = field(default_factory=Usage)
     forks: int = 0
     """Guests that are being forked just now."""
+    wish: Callable[[str, str], None] = lambda vm, key: None
+    """Told of a VM (id) that booted, and could have gone on from a warm template with this key."""
     closing: bool = False
     _emulators: dict[str, Emulator] = field(default_factory=dict)
 

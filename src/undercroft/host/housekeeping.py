@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 import structlog
 
@@ -30,11 +31,12 @@ KEEP_DOWNLOADS = 7 * 86400.0  # seconds that the part of a file waits for its do
 BATCH = 500
 
 
-async def keep_house(environment: Environment) -> None:
-    """Tidies up again and again until cancelled."""
+async def keep_house(environment: Environment, shrink: Callable[[], Awaitable[None]]) -> None:
+    """Tidies up again and again until cancelled; ``shrink`` gives back what can be spared."""
     while True:
         try:
             await tidy(environment)
+            await shrink()
         except (UndercroftError, OSError) as error:
             log.warning("tidying failed", error=str(error))
         await asyncio.sleep(INTERVAL)

@@ -28,6 +28,7 @@ from undercroft.model.vm import VM
 __all__ = [
     "GuestFacts",
     "Steps",
+    "admit",
     "leave",
     "plan_steps",
     "prepare",
@@ -46,7 +47,7 @@ _MAX_HOSTS = 8 << 10  # bytes of /etc/hosts that are worth looking through
 # Numbers and constants of x86-64 Linux: asm/unistd_64.h, fcntl.h, linux/random.h, linux/sockios.h.
 _WRITE, _OPEN, _CLOSE, _IOCTL, _PWRITE, _SOCKET = 1, 2, 3, 16, 18, 41
 _RENAME, _UNLINK, _SYMLINK, _MOUNT, _UMOUNT, _SETHOSTNAME = 82, 87, 88, 165, 166, 170
-_CLOCK_SETTIME = 227
+_MKDIR, _CHOWN, _FCHOWN, _CLOCK_SETTIME = 83, 92, 93, 227
 _O_WRONLY, _O_CREAT, _O_TRUNC, _O_CLOEXEC = 0o1, 0o100, 0o1000, 0o2000000
 _MS_BIND, _MNT_DETACH = 4096, 2
 _RNDADDENTROPY, _RNDRESEEDCRNG = 0x40085203, 0x5207
@@ -70,6 +71,9 @@ done
 for key in /etc/ssh/ssh_host_*_key; do [ -f "$key" ] && echo "key $key"; done
 [ -L /var/lib/cloud/instance ] && echo "cloud $(readlink -f /var/lib/cloud/instance)"
 [ -d /run/systemd/system ] && echo systemd
+while IFS=: read -r name _ uid gid _ home shell; do
+  case $shell in *sh) echo "user $name $uid $gid $home" ;; esac
+done < /etc/passwd
 [ -r /etc/hosts ] && while read -r line; do echo "hosts $line"; done < /etc/hosts
 """
 
@@ -87,7 +91,8 @@ systemctl --no-block try-restart systemd-journald
 class GuestFacts(Model, frozen=True, kw_only=True):
     """What a guest was like when it was frozen. ``interfaces`` maps MAC addresses to names;
     ``files`` are those of `_LOOK` that exist; ``keys`` SSH host keys, ``cloud`` the directory of
-    cloud-init's instance, ``hosts`` the content of /etc/hosts.
+    cloud-init's instance, ``hosts`` the content of /etc/hosts; ``users`` those who may log in, with
+    ids of user and group, and home.
 
     ``program`` is the helper's file. ``random``, ``socket`` and ``boot_id`` are descriptors that
     the helper has open: the random number device, a socket, and the file that lies over the
@@ -106,6 +111,7 @@ class GuestFacts(Model, frozen=True, kw_only=True):
     cloud: str | None = None
     systemd: bool = False
     hosts: str = ""
+    users: dict[str, tuple[int, int, str]] = {}
 
 
 async def prepare(machine: QemuMachine) -> GuestFacts | None:
@@ -189,7 +195,15 @@ def parse(text: str) -> GuestFacts | None:
         cloud=next(iter(values.get("cloud", ())), None),
         systemd="systemd" in values,
         hosts=hosts if len(hosts) <= _MAX_HOSTS else "",
+        users=dict(_user(entry) for entry in values.get("user", ())),
     )
+
+
+def _user(entry: str) -> tuple[str, tuple[int, int, str]]:
+    name, uid, gid, home = (*entry.split(" ", 3), "", "", "")[:4]
+    if not uid.isdigit() or not gid.isdigit() or not home.startswith("/"):
+        return name, (0, 0, "/nonexistent")
+    return name, (int(uid), int(gid), home)
 
 
 def write_facts(directory: Path, facts: GuestFacts | None) -> None:
@@ -283,6 +297,26 @@ def plan_steps(
         steps.must(linked, "cloud-init instance", _fine)
         steps.put("/var/lib/cloud/data/instance-id", f"{vm.meta.id}\n")
     return steps
+
+
+def admit(steps: Steps, vm: VM) -> None:
+    """Lets those log in whose keys the VM was given, as a first boot would have."""
+    keys = vm.spec.guest.ssh_keys
+    user = steps.facts.users.get(vm.spec.guest.user or "root")
+    if not keys or user is None:
+        return
+    uid, gid, home = user
+    call = steps.batch.call
+    directory = f"{home}/.ssh".encode() + b"\0"
+    call(_MKDIR, directory, 0o700)
+    call(_CHOWN, directory, uid, gid)
+    data = "".join(f"{key}\n" for key in keys).encode()
+    flags = _O_WRONLY | _O_CREAT | _O_TRUNC | _O_CLOEXEC
+    file = call(_OPEN, f"{home}/.ssh/authorized_keys".encode() + b"\0", flags, 0o600)
+    call(_FCHOWN, file, uid, gid)
+    written = call(_WRITE, file, data, len(data))
+    call(_CLOSE, file)
+    steps.must(written, "SSH keys that may log in", lambda value: value == len(data))
 
 
 def _rename_hosts(steps: Steps, facts: GuestFacts, name: str) -> None:

@@ -242,7 +242,7 @@ async def finish(
                 puts += more[0]
                 deletes += more[1]
                 releases += more[2]
-            if event is not None:
+            if event is not None and not _is_nobodys(record):
                 type_, message, level = event
                 puts.append(
                     Put(new_event(now, type_, record, message, by=by, level=level, task=task_id))
@@ -262,6 +262,11 @@ async def finish(
             continue
         return wanted
     raise StaleError(f"{kind.kind} {id} keeps changing", object=f"{kind.kind} {id}")
+
+
+def _is_nobodys(record: Record) -> bool:
+    """Whether what happens to it is no news."""
+    return isinstance(record, VM) and record.spec.passing
 
 
 async def _end_waiting(

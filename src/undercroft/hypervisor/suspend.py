@@ -115,10 +115,21 @@ async def save_devices(monitor: Monitor, plan: MachinePlan, path: Path) -> None:
     """
     part = _part_path(path)
     try:
+        await _forget_networks(monitor, plan)
         await _migrate_to(monitor, part, None, apart=True)
         await asyncio.to_thread(_publish, part, path, encode_plan(plan))
     finally:
         part.unlink(missing_ok=True)
+
+
+async def _forget_networks(monitor: Monitor, plan: MachinePlan) -> None:
+    """Takes away what is behind the network adapters, which is saved with them: libslirp's memory
+    of who had which address. A clone that asks with its new MAC would get the next one, to which
+    no forwarded port leads."""
+    for index in range(len(plan.ports)):
+        await monitor.execute("netdev_del", {"id": f"net{index}"})
+        # The cable seems pulled out now, and would be so in whatever goes on from here.
+        await monitor.execute("set_link", {"name": f"net{index}-dev", "up": True})
 
 
 async def _written_already(

@@ -42,7 +42,8 @@ class VMCreate(Spec, frozen=True, kw_only=True):
 
     ``image`` is a name or id; without one the VM has an empty disk of ``disk`` bytes (or none).
     ``ports`` None: one port in user mode, with SSH forwarded where the image serves it;
-    an empty tuple: no network. ``start``: switch it on once it is there.
+    an empty tuple: no network. ``start``: switch it on once it is there; ``cold``: it boots even
+    where it could go on from what an earlier boot has left.
     """
 
     name: str | None = None  # None: chosen
@@ -70,6 +71,7 @@ class VMCreate(Spec, frozen=True, kw_only=True):
     labels: dict[str, str] = {}
     project: str = "default"
     start: bool = False
+    cold: bool = False
 
 
 class VMChange(Spec, frozen=True, kw_only=True):

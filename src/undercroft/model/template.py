@@ -23,7 +23,8 @@ class TemplateState(StrEnum):
 class TemplateSpec(Spec, frozen=True, kw_only=True):
     """What was asked for. ``source`` is the VM (an id) that it is made from; ``memory`` whether
     what its guest has in memory belongs to it; ``passing``: it goes again when the VMs are there
-    that it was made for."""
+    that it was made for. ``warm``: it was made by itself, for new VMs with this key
+    (`undercroft.operations.warm`)."""
 
     host: str
     source: str
@@ -31,6 +32,7 @@ class TemplateSpec(Spec, frozen=True, kw_only=True):
     memory: bool = False
     quiesce: bool = False
     passing: bool = False
+    warm: str = ""
 
 
 class TemplateDisk(Model, frozen=True, kw_only=True):

@@ -167,7 +167,8 @@ class Guest(Spec, frozen=True, kw_only=True):
 
 
 class VMSpec(Spec, frozen=True, kw_only=True):
-    """What a VM should be. Memory in bytes, times in seconds; ``image`` and ``host`` are ids."""
+    """What a VM should be. Memory in bytes, times in seconds; ``image`` and ``host`` are ids.
+    ``passing``: it is nobody's, and goes again when it has served."""
 
     host: str
     power: Power = Power.STOPPED
@@ -188,6 +189,7 @@ class VMSpec(Spec, frozen=True, kw_only=True):
     guest: Guest = Guest()
     restart: RestartPolicy = RestartPolicy.ON_FAILURE
     stop_timeout: float = 60.0
+    passing: bool = False
 
 
 class ExitReason(StrEnum):

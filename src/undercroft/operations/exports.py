@@ -42,7 +42,7 @@ from undercroft.operations.context import (
     new_task,
     snapshot_scope,
 )
-from undercroft.operations.vm_clone import freezing_task
+from undercroft.operations.freezing import freezing_task
 from undercroft.operations.vm_power import check_present
 from undercroft.operations.volume_use import check_settled
 from undercroft.store.interface import Check, Delete, Listing, Put, Transaction, Versioned

@@ -41,6 +41,7 @@ from undercroft.storage.http import check_url
 from undercroft.store.interface import (
     Check,
     Claim,
+    Delete,
     Listing,
     Put,
     Release,
@@ -173,22 +174,27 @@ class ImageOperations:
                 for v in (await store.list(VM)).items
                 if v.record.spec.image == image.meta.id
             ]
-            users += [
-                t.record
+            made = [
+                t
                 for t in (await store.list(Template)).items
                 if t.record.status.shape is not None
                 and t.record.status.shape.image == image.meta.id
             ]
+            users += [t.record for t in made if not t.record.spec.warm]
             users += await _volumes_on(self._context, image)
             if users:
-                names = ", ".join(user.label for user in users[:5])
+                some = ", ".join(user.label for user in users[:5])
                 raise InUseError(
-                    f"{image.label} is used by {names}" + (" and others" if users[5:] else ""),
+                    f"{image.label} is used by {some}" + (" and others" if users[5:] else ""),
                     object=image.label,
                     action="remove these first",
                     users=[user.meta.id for user in users],
                 )
             checks = [Check(Image, image.meta.id, found.revision)]
+            # What was made of it by itself goes with it.
+            checks += [Check(Template, t.record.meta.id, t.revision) for t in made]
+            deletes = [Delete(Template, t.record.meta.id) for t in made]
+            names = [Release(scope("template"), t.record.meta.name, t.record.meta.id) for t in made]
             puts: list[Put] = []
             for id in image.tasks:
                 making = await store.get(Task, id)
@@ -211,7 +217,12 @@ class ImageOperations:
             )
             try:
                 await store.transact(
-                    Transaction(checks=checks, puts=[Put(wanted), Put(task), *puts])
+                    Transaction(
+                        checks=checks,
+                        deletes=deletes,
+                        releases=names,
+                        puts=[Put(wanted), Put(task), *puts],
+                    )
                 )
             except StaleError:
                 continue

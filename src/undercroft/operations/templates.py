@@ -21,7 +21,8 @@ from undercroft.operations.context import (
     new_event,
     scope,
 )
-from undercroft.operations.vm_clone import clone_template, freezing_task
+from undercroft.operations.freezing import freezing_task
+from undercroft.operations.vm_clone import clone_template
 from undercroft.operations.vm_power import check_present
 from undercroft.operations.volume_use import check_settled
 from undercroft.store.interface import (

@@ -19,7 +19,6 @@ from undercroft.model.errors import (
 from undercroft.model.image import Image
 from undercroft.model.names import check_labels, check_name, new_id, new_mac
 from undercroft.model.requests import CloneMode, CloneRequest
-from undercroft.model.snapshot import SnapshotSpec
 from undercroft.model.task import Task
 from undercroft.model.template import Template, TemplateSpec, TemplateState
 from undercroft.model.vm import VM, Disk, Port, Power, Protocol, VMSpec, VMState
@@ -34,6 +33,7 @@ from undercroft.operations.context import (
     new_task,
     scope,
 )
+from undercroft.operations.freezing import freezing_task
 from undercroft.operations.vm_create import assign_host_ports, port_claim
 from undercroft.operations.vm_power import check_present
 from undercroft.operations.volume_use import check_settled
@@ -169,27 +169,6 @@ async def clone_template(
         except StaleError:
             continue
     raise StaleError(f"others keep changing template {ref}", action="try again")
-
-
-def freezing_task(context: Context, template: Template, vm: VM, by: str) -> Task:
-    """The task of a VM's actor that makes a template of it."""
-    snapshot = new_id("snapshot")
-    spec = SnapshotSpec(
-        vm=vm.meta.id,
-        memory=template.spec.memory,
-        quiesce=template.spec.quiesce,
-        passing=True,
-    )
-    return new_task(
-        context,
-        "template.create",
-        vm,
-        by,
-        template=template.meta.id,
-        snapshot=snapshot,
-        name=snapshot,
-        spec=msgspec.to_builtins(spec),
-    )
 
 
 def _check(caller: Caller, request: CloneRequest) -> None:

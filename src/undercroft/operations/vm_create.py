@@ -22,6 +22,7 @@ from undercroft.model.image import Image, ImageContent, ImageState
 from undercroft.model.names import check_labels, check_name, new_id, new_mac
 from undercroft.model.requests import VMCreate
 from undercroft.model.task import Task
+from undercroft.model.template import Template
 from undercroft.model.vm import (
     VM,
     Disk,
@@ -39,6 +40,7 @@ from undercroft.model.volume import Volume
 from undercroft.operations.access import Caller
 from undercroft.operations.context import Context, find, new_event, new_task, scope
 from undercroft.operations.vm_disks import NewDisks, new_disks
+from undercroft.operations.warm import find_warm, going_on, warm_key
 from undercroft.store.interface import Check, Claim, Put, Transaction, Versioned
 
 HOST_PORTS = range(20000, 30000)  # where forwards without a stated host port are put
@@ -69,7 +71,14 @@ async def create(context: Context, caller: Caller, request: VMCreate) -> Task:
         vm, disks, forwards = await _compose(
             context, request, name, image.record if image else None, content
         )
-        task = new_task(context, "vm.create", vm, caller.name, start=request.start)
+        arguments: dict[str, object] = {"start": request.start}
+        warm = warm_key(request, vm, disks.made, content)
+        template = await find_warm(context, warm) if warm is not None else None
+        if warm is not None:
+            arguments["warm"] = warm
+        if template is not None:
+            arguments |= going_on(template.record, vm)
+        task = new_task(context, "vm.create", vm, caller.name, **arguments)
         vm = msgspec.structs.replace(vm, tasks=(task.meta.id,))
         event = new_event(
             context.clock(), "vm.created", vm, f"{vm.label} was created", by=caller.name
@@ -82,6 +91,8 @@ async def create(context: Context, caller: Caller, request: VMCreate) -> Task:
         claims += [Claim(scope("volume"), v.meta.name, v.meta.id) for v in disks.made]
         checks = [Check(Image, image.record.meta.id, image.revision)] if image is not None else []
         checks += [Check(Volume, taken.record.meta.id, taken.revision) for taken in disks.taken]
+        if template is not None:
+            checks.append(Check(Template, template.record.meta.id, template.revision))
         try:
             await context.store.transact(Transaction(checks=checks, claims=claims, puts=puts))
         except AlreadyExistsError as taken:

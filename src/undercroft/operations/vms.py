@@ -39,9 +39,11 @@ class VMOperations(PowerOperations):
         return await find(self._context.store, VM, ref)
 
     async def list(self, caller: Caller) -> Listing[VM]:
-        """All VMs."""
+        """All VMs but those that pass."""
         caller.require("vm.view")
-        return await self._context.store.list(VM)
+        listing = await self._context.store.list(VM)
+        items = [item for item in listing.items if not item.record.spec.passing]
+        return Listing(items, listing.revision)
 
     async def set(
         self, caller: Caller, ref: str, request: VMChange, if_match: int | None = None

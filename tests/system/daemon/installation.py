@@ -43,7 +43,8 @@ class Installation:
 
     def __init__(self, data: Path, environ: dict[str, str] | None = None) -> None:
         self.data = data
-        self.environ = environ or {}
+        # What tests do not ask for, they must not get: boots in the background.
+        self.environ = {"CROFT_WARM": "off", **(environ or {})}
         self.daemon: subprocess.Popen[bytes] | None = None
 
     # -- the daemon -------------------------------------------------------------------------

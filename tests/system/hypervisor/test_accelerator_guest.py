@@ -41,12 +41,20 @@ async def qemu() -> Emulator:
     return await find_emulator("x86_64")
 
 
+_others: set[int] = set()  # that were there before, and are somebody else's
+
+
+@pytest.fixture(autouse=True, scope="module")
+def others() -> None:
+    _others.update(children())
+
+
 def children() -> set[int]:
-    """The processes that this one has started and not yet reaped."""
+    """The processes that a test of this file has started and not yet reaped."""
     found: set[int] = set()
     for task in os.listdir("/proc/self/task"):
         found.update(map(int, Path(f"/proc/self/task/{task}/children").read_text().split()))
-    return found
+    return found - _others
 
 
 def test_the_work_comes_to_what_the_guest_expects() -> None:
