@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from undercroft.storage.build.elf import ElfError, module_depends, needed
@@ -24,6 +24,7 @@ def test_garbage_is_refused(data: bytes):
 
 
 @given(st.integers(0, 2000), st.integers(0, 255))
+@example(39, 128)  # the table's offset does not fit into 63 bits
 def test_a_damaged_program_never_crashes(at: int, value: int):
     data = bytearray(Path(sys.executable).resolve().read_bytes()[:20000])
     data[at % len(data)] = value

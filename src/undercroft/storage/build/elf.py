@@ -60,7 +60,7 @@ def needed(data: bytes) -> list[str]:
                 continue
             strings = _file_offset(segments, tables[0])
             found += [_string(data, strings + value) for tag, value in entries if tag == _DT_NEEDED]
-    except (struct.error, ValueError, IndexError) as error:
+    except (struct.error, ValueError, IndexError, OverflowError) as error:
         raise ElfError(f"broken ELF file: {error}") from error
     return found
 
