@@ -14,6 +14,7 @@ from litestar.types import ControllerRouterHandler
 from undercroft.api.answers import SHARED, AnyRequest, fields_of
 from undercroft.api.body import MAX_BODY, StrictJSON
 from undercroft.api.consoles import console, console_page, vnc, vnc_page
+from undercroft.api.datastores import DatastoreController
 from undercroft.api.events import EventController
 from undercroft.api.exports import ExportController
 from undercroft.api.guests import GuestController
@@ -60,6 +61,7 @@ ROUTES: list[ControllerRouterHandler] = [
     ImportController,
     UploadController,
     VolumeController,
+    DatastoreController,
     layers,
     TaskController,
     EventController,

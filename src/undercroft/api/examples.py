@@ -30,6 +30,8 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "execInVM": {"argv": ["uname", "-a"], "timeout": 10.0},
     "createVolume": {"name": "data1", "size": 20 << 30},
     "cloneVolume": {"name": "data2", "full": False},
+    "createDatastore": {"name": "fast", "path": "/srv/nvme/vms"},
+    "changeDatastore": {"warning": 0.7},
     "checkVolumes": {"repair": False},
     "changeVolume": {"iops": 500, "bandwidth": 10 << 20},
     "attachVolume": {"vm": "web1", "bus": "scsi"},

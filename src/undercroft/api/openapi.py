@@ -43,6 +43,7 @@ TAGS = {
     "exports": "VMs as files for other systems.",
     "imports": "VMs out of files of other systems.",
     "volumes": "The disks of VMs.",
+    "datastores": "Where disks are kept.",
     "tasks": "Operations under way.",
     "events": "What happened, and what happens.",
     "hosts": "Machines that run VMs.",

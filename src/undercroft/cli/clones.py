@@ -49,6 +49,9 @@ class Clone(Command):
         )
         parser.add_argument("-c", "--cpus", type=int, metavar="N", help="other than the source's")
         parser.add_argument("-m", "--memory", type=size, metavar="SIZE", help="likewise")
+        parser.add_argument(
+            "--datastore", metavar="DATASTORE", help="for their disks (default: the source's)"
+        )
         parser.add_argument("--hostname", metavar="NAME", help="(default: the VM's name)")
         parser.add_argument(
             "-l", "--label", action="append", type=label, metavar="KEY=VALUE", help="a label"
@@ -90,7 +93,7 @@ def _article(mode: str) -> str:
 
 
 def _request(args: Namespace) -> dict[str, Any]:
-    names = ("mode", "cpus", "memory", "hostname", "count")
+    names = ("mode", "cpus", "memory", "hostname", "count", "datastore")
     body: dict[str, Any] = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
     if args.names:
         body["names"] = args.names

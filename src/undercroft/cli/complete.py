@@ -171,6 +171,8 @@ def _values(croft: Croft, name: str, action: argparse.Action, given: list[str]) 
     elif name == "clone":
         yield from _vms(croft, name, given)
         yield from _names(croft, "/v1/templates", given)
+    elif metavar == "DATASTORE":
+        yield from _names(croft, "/v1/datastores", given)
     elif metavar.startswith("VOLUME"):
         yield from _names(croft, "/v1/volumes", given)
     elif metavar == "WHAT":

@@ -65,6 +65,7 @@ class Run(Command):
             metavar="VOLUME[:BUS][:ro]",
             help="a volume that it is to have as well; several times",
         )
+        shape.add_argument("--datastore", metavar="DATASTORE", help="where its disks are kept")
         shape.add_argument(
             "--restart", choices=("never", "on-failure", "always"), help="start again by itself?"
         )
@@ -180,7 +181,7 @@ def _request(args: Namespace) -> dict[str, Any]:
     """The API's VMCreate, but for image and guest."""
     from undercroft.cli.ports import parse_forwards
 
-    names = ["name", "cpus", "memory", "arch", "machine", "firmware", "accelerator"]
+    names = ["name", "cpus", "memory", "datastore", "arch", "machine", "firmware", "accelerator"]
     names += ["cpu_model", "display", "kernel_arguments", "restart", "stop_timeout"]
     request: dict[str, Any] = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
     request["start"] = not args.no_start

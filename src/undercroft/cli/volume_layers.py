@@ -35,6 +35,9 @@ class Clone(Command):
         parser.add_argument("--full", action="store_true", help="with a copy of its own")
         parser.add_argument("-s", "--size", type=to_size, metavar="SIZE", help="larger: 20G")
         parser.add_argument(
+            "--datastore", metavar="DATASTORE", help="where (default: beside its source)"
+        )
+        parser.add_argument(
             "--no-wait", action="store_true", help="only ask for it; print the task's id"
         )
 
@@ -42,8 +45,9 @@ class Clone(Command):
         from undercroft.cli.power import act
 
         body: dict[str, Any] = {"name": args.name, "full": args.full}
-        if args.size is not None:
-            body["size"] = args.size
+        for name in ("size", "datastore"):
+            if getattr(args, name) is not None:
+                body[name] = getattr(args, name)
         kind = "full" if args.full else "linked"
         return act(
             croft,

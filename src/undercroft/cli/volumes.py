@@ -36,6 +36,10 @@ class Create(Command):
             "--preallocate", action="store_true", help="take all its room on the host now"
         )
         parser.add_argument(
+            "--format", choices=("qcow2", "raw"), help="of the file (default: qcow2)"
+        )
+        parser.add_argument("--datastore", metavar="DATASTORE", help="where it is kept")
+        parser.add_argument(
             "-l", "--label", action="append", type=label, metavar="KEY=VALUE", help="a label"
         )
         parser.add_argument(
@@ -45,7 +49,7 @@ class Create(Command):
     def run(self, croft: Croft, args: Namespace) -> int:
         from undercroft.cli.power import act
 
-        names = ("name", "size", "source", "preallocate")
+        names = ("name", "size", "source", "preallocate", "format", "datastore")
         body = {
             name: value for name in names if (value := getattr(args, name)) not in (None, False)
         }
@@ -88,12 +92,13 @@ class Ls(Command):
                 dig(item, "meta.id"): dig(item, "meta.name", "")
                 for item in croft.api.list(f"/v1/{noun}", {"fields": "meta.id,meta.name"})
             }
-            for noun in ("vms", "images")
+            for noun in ("vms", "images", "datastores")
         }
-        table = Table(croft.out, ("NAME", "STATE", ">SIZE", ">ON HOST", "VM", "IMAGE"))
+        table = Table(croft.out, ("NAME", "STATE", ">SIZE", ">ON HOST", "VM", "IMAGE", "DATASTORE"))
         for volume in volumes:
             vm = dig(volume, "spec.attached") or dig(volume, "spec.vm", "")
             image = dig(volume, "spec.image", "")
+            place = dig(volume, "status.datastore", "")
             table.add(
                 dig(volume, "meta.name", ""),
                 dig(volume, "status.state", ""),
@@ -101,6 +106,7 @@ class Ls(Command):
                 size(dig(volume, "status.allocated")),
                 names["vms"].get(vm, vm),
                 names["images"].get(image, image),
+                names["datastores"].get(place, place),
             )
         print(table.render(), end="")
         return OK

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 from undercroft.client.connect import Endpoint
+from undercroft.client.datastores import DatastoresClient
 from undercroft.client.decode import convert, decode
 from undercroft.client.exports import ExportsClient
 from undercroft.client.images import ImagesClient
@@ -24,6 +25,7 @@ from undercroft.client.transport import TIMEOUT
 from undercroft.client.vms import VMsClient
 from undercroft.client.volumes import VolumesClient
 from undercroft.model.base import Record
+from undercroft.model.datastore import Datastore
 from undercroft.model.errors import CompactedError, TimeLimitError, error_from_problem
 from undercroft.model.event import Event
 from undercroft.model.export import Export
@@ -42,6 +44,7 @@ R = TypeVar("R", bound=Record)
 _KINDS: tuple[type[Record], ...] = (
     VM,
     Volume,
+    Datastore,
     Snapshot,
     Template,
     Image,
@@ -77,6 +80,7 @@ class Client:
         self.imports = ImportsClient(self.raw)
         self.snapshots = SnapshotsClient(self.raw)
         self.templates = TemplatesClient(self.raw)
+        self.datastores = DatastoresClient(self.raw)
         self.volumes = VolumesClient(self.raw)
         self.tasks = TasksClient(self.raw)
         self.events = EventsClient(self.raw)

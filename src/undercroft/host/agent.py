@@ -17,6 +17,7 @@ import structlog
 from undercroft.host import orphans
 from undercroft.host.actor import VMActor
 from undercroft.host.check import check_host
+from undercroft.host.datastores import open_datastores
 from undercroft.host.environment import Environment
 from undercroft.host.exports import ExportWorker, sweep_exports
 from undercroft.host.exports import remove_files as remove_export
@@ -78,6 +79,7 @@ class HostAgent:
     async def start(self) -> None:
         """Adopts what runs, ends what nobody owns, then follows the store."""
         await asyncio.to_thread(self.environment.directory.sweep)
+        await open_datastores(self.environment)
         vms = await self.environment.store.list(VM)
         known = {
             item.record.meta.id: item.record

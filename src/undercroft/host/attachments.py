@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import msgspec
 
+from undercroft.host.datastores import layer_file
 from undercroft.host.environment import Environment
 from undercroft.host.layers import get_layer, head_layer
 from undercroft.host.outcome import TaskRun
@@ -33,7 +34,12 @@ async def grow(environment: Environment, volume: Volume, size: int, *, file: boo
             f"{volume.label} has {format_size(layer.spec.size)} already", object=volume.label
         )
     if file:
-        await resize_volume(environment.layer_path(layer.meta.id), size)
+        await resize_volume(
+            await layer_file(environment, layer),
+            size,
+            format=layer.spec.format.value,
+            preallocate=layer.spec.preallocated,
+        )
     await update(environment.store, Layer, layer.meta.id, lambda old: sized(old, size))
     await update(environment.store, Volume, volume.meta.id, lambda old: sized(old, size))
 

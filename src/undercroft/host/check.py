@@ -18,6 +18,7 @@ from pathlib import Path
 import msgspec
 
 from undercroft.host import orphans
+from undercroft.host.datastores import file_name
 from undercroft.host.environment import Environment
 from undercroft.host.files import remove_tree
 from undercroft.host.layers import collect_layers
@@ -150,7 +151,7 @@ def _stray_files(
     accounted: dict[str, Callable[[Path], bool]] = {
         "a VM's directory": lambda path: path.name in records.vms,
         "a VM's sockets": lambda path: path.name in records.vms,
-        "a layer of a volume": lambda path: path.name.removesuffix(".qcow2") in records.layers,
+        "a layer of a volume": lambda path: path.name.rpartition(".")[0] in records.layers,
         "a template": lambda path: path.name in records.templates,
         "an export": lambda path: path.name in records.exports,
         "an image": lambda path: making or path.name in digests,
@@ -179,7 +180,14 @@ def _missing_files(environment: Environment, records: _Records) -> Iterator[Chec
     }
     for id, found in records.volumes.items():
         volume = found.record
-        path = environment.layer_path(volume.status.head or id)
+        head = records.layers.get(volume.status.head)
+        if head is None and volume.status.head:
+            continue  # croft volume check has more to say
+        if head is not None and head.spec.datastore is not None:
+            continue  # likewise
+        path = environment.directory.volumes / (
+            file_name(head) if head is not None else f"{id}.qcow2"
+        )
         making = volume.spec.vm is None and volume.status.state is VolumeState.PENDING
         if volume.spec.user not in busy and not volume.tasks and not making and not path.exists():
             yield CheckFinding(

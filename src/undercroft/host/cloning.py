@@ -11,12 +11,12 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import msgspec
 
 from undercroft.host.actor import VMActor
 from undercroft.host.attachments import sized
+from undercroft.host.datastores import layer_file
 from undercroft.host.environment import Environment
 from undercroft.host.identity import GuestFacts, Steps, admit, plan_steps, read_facts
 from undercroft.host.individuality import host_keys
@@ -51,9 +51,8 @@ async def make_clone(actor: VMActor, vm: VM, run: TaskRun) -> Template:
     source = environment.template_directory(template.meta.id)
     await in_thread(lambda _: copy_besides(source, environment.vm_directory(vm.meta.id)))
     for index, disk in enumerate(vm.spec.disks):
-        pattern = source / f"empty{index}.qcow2"
         below = template.status.disks[index].layer
-        await _begin_on(environment, disk.volume, below, template, pattern)
+        await _begin_on(environment, disk.volume, below, template)
     if run.arguments.get("mode") == CloneMode.FULL:
         await flatten(actor, vm, run)
     for disk in vm.spec.disks:
@@ -66,9 +65,7 @@ async def make_clone(actor: VMActor, vm: VM, run: TaskRun) -> Template:
     return template
 
 
-async def _begin_on(
-    environment: Environment, id: str, below: str, template: Template, pattern: Path
-) -> None:
+async def _begin_on(environment: Environment, id: str, below: str, template: Template) -> None:
     """Gives a volume a first layer, empty, that lies on a frozen one."""
     found = await environment.store.get(Volume, id)
     held = await environment.store.get(Template, template.meta.id)
@@ -78,11 +75,13 @@ async def _begin_on(
     volume = found.record
     if volume.status.head:  # begun before: whatever has been written to it since does not count
         head = volume.status.head
-        await asyncio.to_thread(environment.layer_path(head).unlink, missing_ok=True)
+        made = await layer_file(environment, await get_layer(environment, head))
+        await asyncio.to_thread(made.unlink, missing_ok=True)
     else:
-        size = max(volume.spec.size, (await get_layer(environment, below)).spec.size)
+        parent = await get_layer(environment, below)
+        size = max(volume.spec.size, parent.spec.size)
         volume = sized(volume, size)  # its source may have grown since it was asked for
-        layer = new_layer(environment, size, parent=below)
+        layer = new_layer(environment, size, parent=parent, datastore=volume.spec.datastore)
         head = layer.meta.id
         await environment.store.transact(
             Transaction(
@@ -93,7 +92,7 @@ async def _begin_on(
                 puts=[Put(layer), Put(volume_status(volume, head=head))],
             )
         )
-    await make_layer(environment, head, pattern)
+    await make_layer(environment, head)
 
 
 async def fork(

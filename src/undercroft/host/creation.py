@@ -11,12 +11,13 @@ from undercroft.host import power
 from undercroft.host.actor import Outcome, VMActor
 from undercroft.host.attachments import free_attached
 from undercroft.host.cloning import fork, make_clone
+from undercroft.host.datastores import layer_file
 from undercroft.host.environment import UID_BASE, Environment
 from undercroft.host.files import remove_tree
 from undercroft.host.identity import see_to_the_rest
 from undercroft.host.importing import forget_upload, make_disks
 from undercroft.host.individuality import individual, make_individual
-from undercroft.host.layers import collect_layers, head_layer, make_layer, volume_status
+from undercroft.host.layers import collect_layers, get_layer, head_layer, make_layer, volume_status
 from undercroft.host.outcome import TaskRun, change_status, write
 from undercroft.host.planning import plan_ports
 from undercroft.host.templates import collect_templates, remove_template
@@ -206,7 +207,9 @@ async def _make_volume(environment: Environment, id: str) -> None:
         return
     head = await head_layer(environment, id)
     await make_layer(environment, head)
-    taken = await asyncio.to_thread(allocated, environment.layer_path(head))
+    taken = await asyncio.to_thread(
+        allocated, await layer_file(environment, await get_layer(environment, head))
+    )
     await update(
         environment.store,
         Volume,

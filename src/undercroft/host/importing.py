@@ -14,10 +14,11 @@ from pathlib import Path
 
 import msgspec
 
+from undercroft.host.datastores import layer_file
 from undercroft.host.environment import Environment
 from undercroft.host.files import remove_tree
 from undercroft.host.imaging import Progress, reported
-from undercroft.host.layers import head_layer, layer_is_made, make_layer, volume_status
+from undercroft.host.layers import get_layer, head_layer, layer_is_made, make_layer, volume_status
 from undercroft.host.outcome import TaskRun
 from undercroft.host.uploads import upload_path
 from undercroft.model.errors import (
@@ -100,7 +101,9 @@ async def make_disks(environment: Environment, vm: VM, run: TaskRun) -> None:
             await asyncio.to_thread(_keep, environment.vm_directory(vm.meta.id), data)
     for volume in volumes:
         head = await head_layer(environment, volume.meta.id)
-        taken = await asyncio.to_thread(allocated, environment.layer_path(head))
+        taken = await asyncio.to_thread(
+            allocated, await layer_file(environment, await get_layer(environment, head))
+        )
         await update(
             environment.store,
             Volume,
@@ -124,7 +127,7 @@ async def _unpack(
         part = share_of(progress, done / total * 0.98, (done + volume.spec.size) / total * 0.98)
         done += volume.spec.size
         head = await head_layer(environment, volume.meta.id)
-        path = environment.layer_path(head)
+        path = await layer_file(environment, await get_layer(environment, head))
         if source is None:
             await make_layer(environment, head)
             continue

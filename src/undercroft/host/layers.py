@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from undercroft.host.datastores import driver, file_name, layer_file
 from undercroft.host.environment import Environment
 from undercroft.hypervisor.plan import DiskFormat, DiskLayer
 from undercroft.model.base import Meta
-from undercroft.model.errors import DataError, StaleError
+from undercroft.model.errors import DataError, StaleError, UnavailableError
 from undercroft.model.image import Image
-from undercroft.model.layer import Layer, LayerSpec, LayerState
+from undercroft.model.layer import Layer, LayerFormat, LayerSpec, LayerState
 from undercroft.model.names import new_id
 from undercroft.model.snapshot import Snapshot, SnapshotState
 from undercroft.model.template import Template
 from undercroft.model.volume import Volume
-from undercroft.storage.files import sync_directory
-from undercroft.storage.volumes import create_volume
 from undercroft.store.interface import Check, Delete, Put, Transaction, update
 
 
@@ -30,20 +27,27 @@ def new_layer(
     environment: Environment,
     size: int,
     *,
-    parent: str | None = None,
+    parent: Layer | None = None,
     image: str | None = None,
     preallocated: bool = False,
+    format: LayerFormat = LayerFormat.QCOW2,
+    datastore: str | None = None,
 ) -> Layer:
-    """A layer of this host that has no file yet."""
+    """A layer of this host that has no file yet; beside its ``parent``, unless another
+    ``datastore`` (an id) is given."""
     id = new_id("layer")
+    if datastore is None and parent is not None:
+        datastore = parent.spec.datastore
     return Layer(
         meta=Meta(id=id, name=id, created=environment.clock()),
         spec=LayerSpec(
             host=environment.host,
             size=size,
-            parent=parent,
+            parent=parent.meta.id if parent is not None else None,
             image=image,
             preallocated=preallocated,
+            format=format,
+            datastore=datastore,
         ),
     )
 
@@ -82,7 +86,14 @@ async def head_layer(environment: Environment, id: str) -> str:
         if volume.status.head:
             return volume.status.head
         spec = volume.spec
-        layer = new_layer(environment, spec.size, image=spec.image, preallocated=spec.preallocated)
+        layer = new_layer(
+            environment,
+            spec.size,
+            image=spec.image,
+            preallocated=spec.preallocated,
+            format=spec.format,
+            datastore=spec.datastore,
+        )
         wanted = volume_status(volume, head=layer.meta.id)
         with contextlib.suppress(StaleError):
             await environment.store.transact(
@@ -106,8 +117,8 @@ async def plan_layers(environment: Environment, head: str, index: int) -> tuple[
     layers = await chain(environment, head)
     planned = [
         DiskLayer(
-            path=str(environment.layer_path(layer.meta.id)),
-            format=DiskFormat.QCOW2,
+            path=str(await layer_file(environment, layer)),
+            format=DiskFormat(layer.spec.format.value),
             node=node_name(layer.meta.id, index),
         )
         for layer in layers
@@ -139,39 +150,32 @@ async def image_disk(environment: Environment, id: str) -> tuple[Path, DiskForma
 
 
 async def make_layer(
-    environment: Environment,
-    id: str,
-    pattern: Path | None = None,
-    progress: Callable[[float], None] | None = None,
+    environment: Environment, id: str, progress: Callable[[float], None] | None = None
 ) -> None:
-    """Makes a layer's file; does nothing if it is there already. ``pattern``: where an empty one of
-    the same size and parent is kept, to be copied, which is quicker than to make it.
+    """Makes a layer's file; does nothing if it is there already.
 
     Raises:
         NoSpaceError: the disk is full. ProgramError: qemu-img failed.
+        UnavailableError: its datastore is not there.
     """
     layer = await get_layer(environment, id)
-    path = environment.layer_path(id)
+    path = await layer_file(environment, layer)
     if not path.exists():
         base: tuple[Path, str] | None = None
         if layer.spec.parent is not None:
-            base = (environment.layer_path(layer.spec.parent), DiskFormat.QCOW2)
+            parent = await get_layer(environment, layer.spec.parent)
+            base = await layer_file(environment, parent), parent.spec.format.value
         elif layer.spec.image is not None:
             base = await image_disk(environment, layer.spec.image)
-        if pattern is None:
-            await create_volume(
-                path,
-                layer.spec.size,
-                base=base,
-                tmp=environment.tmp,
-                preallocate=layer.spec.preallocated,
-                progress=progress,
-            )
-        else:
-            if not pattern.exists():
-                await create_volume(pattern, layer.spec.size, base=base, tmp=environment.tmp)
-            half = environment.directory.new_tmp(id)
-            await asyncio.to_thread(_copy, pattern, half, path)
+        store = await driver(environment, layer.spec.datastore)
+        await store.make(
+            path.name,
+            layer.spec.size,
+            format=layer.spec.format.value,
+            base=base,
+            preallocate=layer.spec.preallocated,
+            progress=progress,
+        )
     await layer_is_made(environment, id)
 
 
@@ -186,7 +190,7 @@ def volume_status(volume: Volume, **values: Any) -> Volume:
 
 
 def _ready(layer: Layer) -> Layer:
-    if layer.spec.preallocated:  # it has all that its image has
+    if layer.spec.whole:  # it has all that its image has
         layer = msgspec.structs.replace(layer, spec=msgspec.structs.replace(layer.spec, image=None))
     status = msgspec.structs.replace(layer.status, state=LayerState.READY)
     return msgspec.structs.replace(layer, status=status)
@@ -262,27 +266,21 @@ async def collect_layers(environment: Environment) -> None:
     without a record."""
     async with environment.layers_lock:
         uses = await Uses.read(environment)
-        while unneeded := uses.unneeded():
+        away: set[str] = set()
+        while unneeded := [x for x in uses.unneeded() if x.meta.id not in away]:
+            gone = []
             for layer in unneeded:
-                await asyncio.to_thread(_unlink, environment.layer_path(layer.meta.id))
-            deletes = [Delete(Layer, layer.meta.id) for layer in unneeded]
-            await environment.store.transact(Transaction(deletes=deletes))
-            uses.forget(unneeded)
-
-
-def _copy(pattern: Path, half: Path, path: Path) -> None:
-    try:
-        shutil.copyfile(pattern, half)
-        half.chmod(pattern.stat().st_mode & 0o777)
-        half.rename(path)
-    finally:
-        half.unlink(missing_ok=True)
-
-
-def _unlink(path: Path) -> None:
-    path.unlink(missing_ok=True)
-    with contextlib.suppress(FileNotFoundError):
-        sync_directory(path.parent)
+                try:
+                    store = await driver(environment, layer.spec.datastore)
+                    await store.remove(file_name(layer))
+                except UnavailableError:  # it is removed when its datastore is there again
+                    away.add(layer.meta.id)
+                else:
+                    gone.append(layer)
+            deletes = [Delete(Layer, layer.meta.id) for layer in gone]
+            if deletes:
+                await environment.store.transact(Transaction(deletes=deletes))
+            uses.forget(gone)
 
 
 def rename_volumes(directory: Path) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -14,6 +15,7 @@ from undercroft.host.environment import Environment
 from undercroft.host.individuality import individual, make_individual
 from undercroft.host.outcome import change_status, write
 from undercroft.hypervisor.machine import MachineEvent, QemuMachine, RunState
+from undercroft.model.datastore import Datastore
 from undercroft.model.errors import UndercroftError
 from undercroft.model.event import EventLevel
 from undercroft.model.vm import VM, Identity, Power, VMState
@@ -162,7 +164,7 @@ class Observer:
     async def _io_error(self, event: MachineEvent) -> None:
         machine = self._machine
         full = bool(event.data.get("no_space"))
-        reason = "the host's disk is full" if full else "the host's disk failed"
+        reason = await self._which_is_full() if full else "the host's disk failed"
         now = self._environment.clock()
 
         def change(vm: VM) -> VM:
@@ -192,9 +194,7 @@ class Observer:
     async def _go_on_when_there_is_room(self, machine: QemuMachine) -> None:
         while machine.run_state is RunState.IO_ERROR:
             await asyncio.sleep(ROOM_LOOK)
-            usage = os.statvfs(self._environment.data)
-            needed = min(ROOM_NEEDED, usage.f_blocks * usage.f_frsize // 10)
-            if usage.f_bavail * usage.f_frsize < needed:
+            if not all(map(_has_room, self._places(machine))):
                 continue
             found = await self._environment.store.get(VM, self._id)
             if found is None or found.record.spec.power is not Power.RUNNING:
@@ -202,6 +202,21 @@ class Observer:
             await machine.resume()
             await self._resumed()
             return
+
+    def _places(self, machine: QemuMachine) -> set[Path]:
+        """The directories in which what the guest writes is kept."""
+        return {Path(disk.path).parent for disk in machine.plan.disks} or {self._environment.data}
+
+    async def _which_is_full(self) -> str:
+        full = set()
+        if self._machine is not None:
+            full = {str(path) for path in self._places(self._machine) if not _has_room(path)}
+        names = [
+            item.record.label
+            for item in (await self._environment.store.list(Datastore)).items
+            if item.record.spec.path in full
+        ]
+        return f"{' and '.join(sorted(names))} is full" if names else "the host's disk is full"
 
     async def _resumed(self) -> None:
         now = self._environment.clock()
@@ -218,3 +233,13 @@ class Observer:
                 new_event(now, "vm.resumed", vm, f"{vm.label} goes on: there is room again")
             ],
         )
+
+
+def _has_room(directory: Path) -> bool:
+    """Whether a guest can go on that has a disk there."""
+    try:
+        usage = os.statvfs(directory)
+    except OSError:
+        return False
+    needed = min(ROOM_NEEDED, usage.f_blocks * usage.f_frsize // 10)
+    return usage.f_bavail * usage.f_frsize >= needed

@@ -10,10 +10,13 @@ import msgspec
 import structlog
 
 from undercroft.host.acceleration import HostAcceleration
+from undercroft.host.datastores import filling
 from undercroft.host.describe import describe
 from undercroft.host.environment import Environment
+from undercroft.host.usage import measure
 from undercroft.hypervisor.firmware import find_firmware
 from undercroft.model.base import Meta
+from undercroft.model.datastore import Datastore
 from undercroft.model.errors import UndercroftError
 from undercroft.model.host import Host
 from undercroft.model.names import new_id
@@ -24,6 +27,7 @@ from undercroft.store.interface import Claim, Put, Store, Transaction, update
 log = structlog.get_logger(__name__)
 
 INTERVAL = 60.0  # seconds between two looks at what may change, such as free space
+LOOKS = 12  # meanwhile: at how full datastores are
 
 
 async def register(store: Store, now: float) -> str:
@@ -44,10 +48,14 @@ async def keep_described(environment: Environment, acceleration: HostAcceleratio
     started = environment.clock()
     while True:
         try:
+            await measure(environment, now=True)
             await _write(environment, acceleration, started)
         except (UndercroftError, OSError) as error:
             log.warning("describing the host failed", error=str(error))
-        await asyncio.sleep(INTERVAL)
+        for _ in range(LOOKS):  # a guest can fill much of a datastore in a minute
+            await asyncio.sleep(INTERVAL / LOOKS)
+            if await filling(environment):
+                break
 
 
 async def _write(environment: Environment, acceleration: HostAcceleration, started: float) -> None:
@@ -61,6 +69,12 @@ async def _write(environment: Environment, acceleration: HostAcceleration, start
         await asyncio.to_thread(_firmware),
         started,
     )
+    messages = [
+        item.record.status.message
+        for item in (await environment.store.list(Datastore)).items
+        if item.record.status.message
+    ]
+    status = msgspec.structs.replace(status, problems=(*status.problems, *messages))
     # Free space changes all the time: only whole gigabytes are worth a write.
     status = msgspec.structs.replace(status, disk_free=status.disk_free >> 30 << 30)
     await update(

@@ -17,13 +17,15 @@ from undercroft.host.volume_check import check_volumes
 from undercroft.hypervisor.console import read_log
 from undercroft.hypervisor.guestagent import GuestAgent
 from undercroft.hypervisor.machine import QemuMachine
-from undercroft.model.errors import GuestAgentError, UndercroftError, WrongStateError
+from undercroft.model.datastore import Datastore
+from undercroft.model.errors import DataError, GuestAgentError, UndercroftError, WrongStateError
 from undercroft.model.names import new_id
 from undercroft.model.requests import CheckReport, ExecRequest, ExecResult, VMSample
 from undercroft.model.transfer import ImportSource, UploadStatus
 from undercroft.model.vm import VM
 from undercroft.operations.services import ByteStream, ConsoleSession, Examined
 from undercroft.storage.catalogue import FILE_NAME, CatalogueEntry, load_catalogue
+from undercroft.storage.datastores.directory import forget, prepare
 
 READ_SIZE = 64 << 10
 
@@ -139,9 +141,29 @@ class LocalHost:
             if sample is not None
         ]
 
-    async def measure(self) -> Mapping[str, int]:
+    async def measure(self, *, now: bool = False) -> Mapping[str, int]:
         """What the layers take on the host."""
-        return await measure(self._environment)
+        return await measure(self._environment, now=now)
+
+    async def prepare_datastore(self, path: str, id: str) -> bool:
+        """Makes a directory a datastore."""
+        environment = self._environment
+        known = {i.record.meta.id for i in (await environment.store.list(Datastore)).items}
+        own = await asyncio.to_thread(environment.data.resolve)
+        place = await asyncio.to_thread(Path(path).resolve)
+        if place == own or own in place.parents or place in own.parents:
+            raise DataError(
+                f"{path} and the data directory {own} lie in each other",
+                object=path,
+                action="choose a directory outside of it",
+            )
+        return await asyncio.to_thread(
+            prepare, Path(path), id, environment.host, known.__contains__
+        )
+
+    async def forget_datastore(self, datastore: Datastore) -> None:
+        """Makes a directory no datastore any more."""
+        await asyncio.to_thread(forget, Path(datastore.spec.path), datastore.meta.id)
 
     async def check_volumes(self, repair: bool) -> CheckReport:
         """Looks for what is wrong with volumes and their layers."""

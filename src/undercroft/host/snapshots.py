@@ -147,7 +147,7 @@ async def _begin(actor: VMActor, vm: VM, run: TaskRun) -> Snapshot:
         head = await get_layer(environment, await head_layer(environment, disk.volume))
         following = head.meta.id
         if not disk.read_only and only in (None, disk.volume):
-            layers.append(new_layer(environment, head.spec.size, parent=head.meta.id))
+            layers.append(new_layer(environment, head.spec.size, parent=head))
             following = layers[-1].meta.id
         disks.append(SnapshotDisk(volume=disk.volume, layer=head.meta.id, next=following))
     machine = actor.machine
@@ -325,7 +325,7 @@ async def _go_back(environment: Environment, disk: SnapshotDisk) -> None:
     if disk.next == disk.layer:  # it is never written to
         return
     old = await get_layer(environment, disk.layer)
-    layer = new_layer(environment, old.spec.size, parent=old.meta.id)
+    layer = new_layer(environment, old.spec.size, parent=old)
     async with environment.layers_lock:  # nobody must find it without use
         await environment.store.transact(Transaction(puts=[Put(layer)]))
         await make_layer(environment, layer.meta.id)

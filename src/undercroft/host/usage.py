@@ -1,14 +1,19 @@
-"""What volumes take on the host."""
+"""What volumes take on the host, and how full their datastores are."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 
+from undercroft.host.datastores import driver_of, file_name, note_usage
 from undercroft.host.environment import Environment
 from undercroft.host.layers import Uses, volume_status
+from undercroft.model.datastore import Datastore
+from undercroft.model.errors import StaleError, UnavailableError
 from undercroft.model.volume import Volume
 from undercroft.storage.files import allocated
 from undercroft.store.interface import update
@@ -16,27 +21,57 @@ from undercroft.store.interface import update
 FRESH = 1.0  # seconds for which a measurement is good enough
 
 
-async def measure(environment: Environment) -> Mapping[str, int]:
+async def measure(environment: Environment, *, now: bool = False) -> Mapping[str, int]:
     """Bytes that the file of each layer takes, by id. What its volumes take is written into their
-    status where it has changed."""
+    status where it has changed, and how full datastores are. ``now``: as of now."""
     async with environment.usage.lock:
-        now = time.monotonic()
         uses = await Uses.read(environment)
         known = environment.usage.taken
-        fresh = known is not None and now - environment.usage.at < FRESH
-        if known is not None and fresh and known.keys() == uses.layers.keys():
+        age = time.monotonic() - environment.usage.at
+        if known is not None and not now and age < FRESH and known.keys() == uses.layers.keys():
             return known
-        taken = await asyncio.to_thread(_measure, environment, list(uses.layers))
-        for item in (await environment.store.list(Volume)).items:
-            volume = item.record
-            if not volume.status.head:
-                continue
-            own, shared = split(uses, volume.status.head, taken)
-            if (own, shared) != (volume.status.allocated, volume.status.shared):
-                change = partial(volume_status, allocated=own, shared=shared)
-                await update(environment.store, Volume, volume.meta.id, change)
-        environment.usage.taken, environment.usage.at = taken, now
+        datastores = (await environment.store.list(Datastore)).items
+        local = next((i.record.meta.id for i in datastores if i.record.spec.builtin), "")
+        paths: dict[str, Path] = {}
+        used: dict[str, int] = {}
+        for found in datastores:
+            drive = driver_of(environment, found.record)
+            with contextlib.suppress(UnavailableError):
+                await drive.check()
+                for id, layer in uses.layers.items():
+                    if (layer.spec.datastore or local) == found.record.meta.id:
+                        paths[id] = drive.path(file_name(layer))
+        # Where a datastore is away, what was known before is the best there is.
+        taken = {id: (known or {}).get(id, 0) for id in uses.layers}
+        taken |= await asyncio.to_thread(_measure, paths)
+        for id, layer in uses.layers.items():
+            place = layer.spec.datastore or local
+            used[place] = used.get(place, 0) + taken[id]
+        provisioned = await _volumes(environment, uses, taken, local)
+        for found in datastores:
+            with contextlib.suppress(StaleError):  # it is looked at again soon
+                await note_usage(environment, found, used, provisioned)
+        environment.usage.taken, environment.usage.at = taken, time.monotonic()
         return taken
+
+
+async def _volumes(
+    environment: Environment, uses: Uses, taken: Mapping[str, int], local: str
+) -> dict[str, int]:
+    """Writes what each volume takes; the bytes that guests see of all in each datastore."""
+    provisioned: dict[str, int] = {}
+    for item in (await environment.store.list(Volume)).items:
+        volume = item.record
+        head = uses.layers.get(volume.status.head)
+        if head is None:
+            continue
+        place = head.spec.datastore or local
+        provisioned[place] = provisioned.get(place, 0) + volume.spec.size
+        own, shared = split(uses, volume.status.head, taken)
+        change = partial(volume_status, allocated=own, shared=shared, datastore=place or None)
+        if change(volume) != volume:
+            await update(environment.store, Volume, volume.meta.id, change)
+    return provisioned
 
 
 def split(uses: Uses, head: str, taken: Mapping[str, int]) -> tuple[int, int]:
@@ -57,11 +92,11 @@ def split(uses: Uses, head: str, taken: Mapping[str, int]) -> tuple[int, int]:
     return own, shared
 
 
-def _measure(environment: Environment, layers: Iterable[str]) -> dict[str, int]:
+def _measure(paths: Mapping[str, Path]) -> dict[str, int]:
     found = {}
-    for id in layers:
+    for id, path in paths.items():
         try:
-            found[id] = allocated(environment.layer_path(id))
-        except OSError:
-            continue  # not there yet, or gone meanwhile
+            found[id] = allocated(path)
+        except OSError:  # not there yet, or gone meanwhile
+            found[id] = 0
     return found

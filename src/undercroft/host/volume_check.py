@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+from undercroft.host.datastores import driver_of, layer_file
 from undercroft.host.environment import Environment
 from undercroft.host.layers import Uses, collect_layers
+from undercroft.model.datastore import Datastore
+from undercroft.model.errors import DataError, UnavailableError
 from undercroft.model.image import Image
-from undercroft.model.layer import Layer, LayerState
+from undercroft.model.layer import Layer, LayerFormat, LayerState
 from undercroft.model.requests import CheckFinding, CheckReport
 from undercroft.model.vm import VM
 from undercroft.model.volume import Volume, VolumeState
@@ -20,15 +23,14 @@ async def check_volumes(environment: Environment, repair: bool) -> CheckReport:
     """Holds files against records and looks into the files; with ``repair`` removes what nobody
     accounts for and gives leaked clusters back. What is gone, or corrupt, cannot be made up: the
     finding says which volumes, snapshots and templates that concerns."""
-    files = await asyncio.to_thread(_files, environment)  # before the records: see check.py
+    files, findings = await _files(environment)  # before the records: see check.py
     store = environment.store
     uses = await Uses.read(environment)
     volumes = [item.record for item in (await store.list(Volume)).items]
     vms = {item.record.meta.id: item.record for item in (await store.list(VM)).items}
     images = {item.record.meta.id for item in (await store.list(Image)).items}
-    findings: list[CheckFinding] = []
     for path in files:
-        if path.name.removesuffix(".qcow2") not in uses.layers and path.exists():
+        if path.name.rpartition(".")[0] not in uses.layers and path.exists():
             findings.append(await _leaked(path, repair))
     leaked = [layer for layer in uses.unneeded() if layer.status.state is LayerState.READY]
     if leaked and repair:
@@ -49,12 +51,15 @@ async def check_volumes(environment: Environment, repair: bool) -> CheckReport:
         if layer.status.state is not LayerState.READY or id in gone:
             continue
         findings += _beneath(layer, uses, images, volumes)
-        path = environment.layer_path(id)
+        try:
+            path = await layer_file(environment, layer)
+        except (UnavailableError, DataError):
+            continue  # it has been told of already
         if not path.exists():
             if await store.get(Layer, id) is not None:
                 what = f"the file of {id} is gone: {_concerns(uses, id, volumes)}"
                 findings.append(_finding("missing-layer", what, id, path))
-        elif id not in busy:
+        elif id not in busy and layer.spec.format is LayerFormat.QCOW2:
             findings += await _inside(path, id, uses, volumes, repair)
     for volume in volumes:
         if volume.spec.vm is not None and volume.spec.vm not in vms:
@@ -67,8 +72,26 @@ async def check_volumes(environment: Environment, repair: bool) -> CheckReport:
     )
 
 
-def _files(environment: Environment) -> list[Path]:
-    return sorted(environment.directory.volumes.glob("*.qcow2"))
+async def _files(environment: Environment) -> tuple[list[Path], list[CheckFinding]]:
+    """The files of layers in all datastores, and the datastores that are not there."""
+    files: list[Path] = []
+    findings = []
+    for item in (await environment.store.list(Datastore)).items:
+        datastore = item.record
+        place = driver_of(environment, datastore)
+        try:
+            files += [place.path(name) for name in await place.names()]
+        except (UnavailableError, OSError) as error:
+            what = error.message if isinstance(error, UnavailableError) else str(error)
+            findings.append(
+                CheckFinding(
+                    code="datastore-unavailable",
+                    message=what,
+                    object=datastore.label,
+                    path=datastore.spec.path,
+                )
+            )
+    return files, findings
 
 
 def _finding(code: str, message: str, layer: str, path: Path) -> CheckFinding:

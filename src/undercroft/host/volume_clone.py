@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import os
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from undercroft.host.actor import Outcome, VMActor
+from undercroft.host.datastores import driver, file_name, layer_file
 from undercroft.host.environment import Environment
 from undercroft.host.imaging import reported
 from undercroft.host.layers import (
@@ -32,7 +34,6 @@ from undercroft.model.vm import VM
 from undercroft.model.volume import Volume, VolumeState
 from undercroft.operations.context import scope
 from undercroft.storage.formats.empty import empty_size
-from undercroft.storage.volumes import copy_chain
 from undercroft.store.interface import Check, Delete, Put, Release, Transaction, update
 
 if TYPE_CHECKING:
@@ -66,14 +67,23 @@ async def branch_off(environment: Environment, source: Volume, clone: str) -> Vo
         return volume_status(made.record, state=VolumeState.READY)
     found = await _get(environment, source.meta.id)
     puts: list[Put] = []
-    on = head.meta.id, None
-    if await asyncio.to_thread(_untouched, environment, head):
-        below = head.spec.parent, head.spec.image  # nothing is in it yet
-        layer = new_layer(environment, made.record.spec.size, parent=below[0], image=below[1])
+    spec = made.record.spec
+    on: Layer | None = head
+    image = None
+    if await _untouched(environment, head):  # nothing is in it yet
+        below = head.spec.parent
+        on = await get_layer(environment, below) if below is not None else None
+        image = head.spec.image
     else:
-        following = new_layer(environment, source.spec.size, parent=head.meta.id)
-        layer = new_layer(environment, made.record.spec.size, parent=on[0])
+        following = new_layer(environment, source.spec.size, parent=head)
         puts += [Put(following), Put(volume_status(found.record, head=following.meta.id))]
+    layer = new_layer(
+        environment,
+        spec.size,
+        parent=on,
+        image=image,
+        datastore=spec.datastore or head.spec.datastore,
+    )
     branched = volume_status(made.record, head=layer.meta.id)
     await environment.store.transact(
         Transaction(
@@ -90,14 +100,16 @@ async def branch_off(environment: Environment, source: Volume, clone: str) -> Vo
     return volume_status(branched, state=VolumeState.READY)
 
 
-def _untouched(environment: Environment, head: Layer) -> bool:
+async def _untouched(environment: Environment, head: Layer) -> bool:
     """Whether nothing has been written to a layer that lies on another."""
-    if head.spec.preallocated or (head.spec.parent is None and head.spec.image is None):
+    if head.spec.whole or (head.spec.parent is None and head.spec.image is None):
         return False
+    path = await layer_file(environment, head)
     try:
-        return environment.layer_path(head.meta.id).stat().st_size == empty_size(head.spec.size)
+        length = (await asyncio.to_thread(path.stat)).st_size
     except FileNotFoundError:
         return False
+    return length == empty_size(head.spec.size)
 
 
 async def clone_attached(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
@@ -112,7 +124,12 @@ async def clone_attached(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
             volume = str(run.arguments["volume"])
             below = next(d.layer for d in snapshot.status.disks if d.volume == volume)
             found = await _get(environment, clone)
-            layer = new_layer(environment, found.record.spec.size, parent=below)
+            layer = new_layer(
+                environment,
+                found.record.spec.size,
+                parent=await get_layer(environment, below),
+                datastore=found.record.spec.datastore,
+            )
             made = volume_status(found.record, head=layer.meta.id)
             await environment.store.transact(
                 Transaction(
@@ -201,17 +218,22 @@ async def flatten(environment: Environment, volume: Volume, run: TaskRun) -> Vol
     if id is None:
         id = new_id("layer")
         await run.checkpoint(**{FLATTENED: id})
-    path = environment.layer_path(id)
-    await asyncio.to_thread(path.unlink, missing_ok=True)  # a daemon died over it
-    layer = new_layer(environment, volume.spec.size)
+    layer = new_layer(environment, volume.spec.size, datastore=head.spec.datastore)
     layer = msgspec.structs.replace(layer, meta=msgspec.structs.replace(layer.meta, id=id, name=id))
-    planned = await plan_layers(environment, head.meta.id, 0)
+    store = await driver(environment, layer.spec.datastore)
+    name = file_name(layer)
+    await store.remove(name)  # a daemon died over it
+    planned = [
+        (Path(one.path), one.format.value)
+        for one in await plan_layers(environment, head.meta.id, 0)
+    ]
+    whole = await _only(environment, head, planned)
     async with reported(run) as report:
-        await copy_chain(
-            [(one.path, one.format.value) for one in planned],
-            path,
+        await store.copy(
+            planned if whole is None else [whole],
+            name,
             volume.spec.size,
-            tmp=environment.tmp,
+            whole=whole is not None,
             progress=lambda done: report(done, "copying the disk"),
         )
     status = msgspec.structs.replace(layer.status, state=LayerState.READY)
@@ -227,10 +249,21 @@ async def flatten(environment: Environment, volume: Volume, run: TaskRun) -> Vol
             )
         )
     except BaseException:
-        os.unlink(path)
+        await store.remove(name)
         raise
     await collect_layers(environment)
     return wanted
+
+
+async def _only(
+    environment: Environment, head: Layer, planned: Sequence[tuple[Path, str]]
+) -> tuple[Path, str] | None:
+    """The one file that has all that a chain shows, if it can be copied as it is."""
+    if len(planned) != 2 or planned[1][1] != "qcow2" or head.spec.parent is None:
+        return None
+    bottom = await get_layer(environment, head.spec.parent)
+    same = bottom.spec.size == head.spec.size
+    return planned[1] if same and await _untouched(environment, head) else None
 
 
 def _alone(volume: Volume) -> Volume:

@@ -7,6 +7,7 @@ import asyncio
 import msgspec
 
 from undercroft.host.attachments import grow
+from undercroft.host.datastores import layer_file
 from undercroft.host.imaging import reported
 from undercroft.host.layers import (
     collect_layers,
@@ -90,7 +91,7 @@ class VolumeWorker(Worker[Volume]):
                 environment, head, progress=lambda done: report(done, "making the disk")
             )
         self.commit()
-        path = environment.layer_path((await get_layer(environment, head)).meta.id)
+        path = await layer_file(environment, await get_layer(environment, head))
         taken = await asyncio.to_thread(allocated, path)
         await finish(
             environment,

@@ -20,16 +20,33 @@ class LayerState(StrEnum):
     READY = "ready"
 
 
+class LayerFormat(StrEnum):
+    """What the file is. Only the lowest layer can be raw: a raw file has no room for what lies
+    beneath it."""
+
+    QCOW2 = "qcow2"
+    RAW = "raw"
+
+
 class LayerSpec(Spec, frozen=True, kw_only=True):
     """What a layer is: ``size`` in bytes as the guest sees it, the ``parent`` (a layer's id) that
     it lies on, or else the ``image`` (an id), or nothing; ``host`` is where its file is;
-    ``preallocated``: the file has all of its room from the beginning, and all that it lay on."""
+    ``preallocated``: the file has all of its room from the beginning, and all that it lay on, as
+    has one of the ``format`` raw; ``datastore`` (an id) is where the file is, None: in the data
+    directory."""
 
     host: str
     size: int
     parent: str | None = None
     image: str | None = None
     preallocated: bool = False
+    format: LayerFormat = LayerFormat.QCOW2
+    datastore: str | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether its file has a copy of what it would lie on."""
+        return self.preallocated or self.format is LayerFormat.RAW
 
 
 class LayerStatus(Model, frozen=True, kw_only=True):

@@ -23,6 +23,7 @@ PREFIX = {
     "export": "exp",
     "task": "task",
     "event": "ev",
+    "datastore": "ds",
     "host": "host",
 }
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from undercroft.model.base import Model, Ref, Spec
 from undercroft.model.image import DiskFormat, ImageSourceKind
+from undercroft.model.layer import LayerFormat
 from undercroft.model.task import Task
 from undercroft.model.vm import (
     Accelerator,
@@ -54,6 +55,7 @@ class VMCreate(Spec, frozen=True, kw_only=True):
     disk_bus: DiskBus = DiskBus.VIRTIO
     disks: tuple[NewDisk, ...] = ()  # besides the first
     volumes: tuple[VolumeUse, ...] = ()  # after those
+    datastore: str | None = None  # name or id of the one that its disks are in
     arch: str | None = None
     machine: Machine | None = None
     firmware: Firmware | None = None
@@ -129,6 +131,7 @@ class CloneRequest(Spec, frozen=True, kw_only=True):
     ``mode`` None: instant from a template with memory, else linked. ``start``: switch them on
     (instant ones run at once). ``quiesce``: have the source's guest agent bring its file systems in
     order first. ``cpus`` and ``memory`` (bytes): other than the source's, not for instant ones.
+    ``datastore`` (name or id): where their disks are to be, None: beside those of the source.
     """
 
     names: tuple[str, ...] = ()
@@ -139,6 +142,7 @@ class CloneRequest(Spec, frozen=True, kw_only=True):
     cpus: int | None = None
     memory: int | None = None
     hostname: str | None = None
+    datastore: str | None = None
     labels: dict[str, str] = {}
 
 
@@ -162,23 +166,50 @@ class TemplateCreate(Spec, frozen=True, kw_only=True):
 class VolumeCreate(Spec, frozen=True, kw_only=True):
     """A new volume that belongs to no VM yet. ``size`` in bytes (None: that of the source);
     ``source``: name or id of an image that it begins as; ``preallocate``: take all its space on the
-    host now, so that it cannot run out of it later."""
+    host now, so that it cannot run out of it later; ``datastore``: name or id."""
 
     name: str
     size: int | None = None
     source: str | None = None
     preallocate: bool = False
+    format: LayerFormat = LayerFormat.QCOW2
+    datastore: str | None = None
     labels: dict[str, str] = {}
 
 
 class VolumeClone(Spec, frozen=True, kw_only=True):
     """A new volume that begins as another is: over what they share, or with ``full`` with a copy of
-    it. ``size`` in bytes: larger than the source (None: as large)."""
+    it. ``size`` in bytes: larger than the source (None: as large); ``datastore``: name or id (None:
+    that of the source)."""
 
     name: str
     full: bool = False
     size: int | None = None
+    datastore: str | None = None
     labels: dict[str, str] = {}
+
+
+class DatastoreCreate(Spec, frozen=True, kw_only=True):
+    """A new datastore: a directory of the daemon's host by its absolute path. ``default``:
+    what is put nowhere in particular is put there; ``warning`` and ``critical``: of which part of
+    its capacity in use somebody is told."""
+
+    name: str
+    path: str
+    default: bool = False
+    warning: float = 0.80
+    critical: float = 0.95
+    labels: dict[str, str] = {}
+
+
+class DatastoreChange(Spec, frozen=True, kw_only=True):
+    """Changes to a datastore; None leaves as it is. ``default`` can only be given to one: the one
+    that had it is not the default any more."""
+
+    name: str | None = None
+    default: bool | None = None
+    warning: float | None = None
+    critical: float | None = None
 
 
 class LayerNode(Model, frozen=True, kw_only=True):

@@ -9,6 +9,7 @@ from msgspec import structs
 
 from undercroft.model.base import Model, Record, Spec
 from undercroft.model.errors import InvalidError
+from undercroft.model.layer import LayerFormat
 from undercroft.model.units import TiB, format_size
 
 MAX_VOLUME = 64 * TiB
@@ -45,7 +46,9 @@ class VolumeSpec(Spec, frozen=True, kw_only=True):
     ``size`` in bytes as the guest sees it; ``image`` is the id of the image that it began as;
     ``host`` the id of the host it lies on; ``vm`` that of the VM that it goes with (None: it stands
     for itself); ``preallocated``: all its space is taken on the host from the beginning;
-    ``source``: the volume (an id) that it was cloned from.
+    ``source``: the volume (an id) that it was cloned from; ``format``: that of its first layer;
+    ``datastore`` (an id): where it was to be, None: beside what it lies on, or in the data
+    directory.
     ``attached`` is the id of the VM that it is attached to, or about to be, which it outlives.
     """
 
@@ -55,6 +58,8 @@ class VolumeSpec(Spec, frozen=True, kw_only=True):
     vm: str | None = None
     preallocated: bool = False
     source: str | None = None
+    format: LayerFormat = LayerFormat.QCOW2
+    datastore: str | None = None
     attached: str | None = None
     limits: IOLimits = IOLimits()
 
@@ -67,12 +72,13 @@ class VolumeSpec(Spec, frozen=True, kw_only=True):
 class VolumeStatus(Model, frozen=True, kw_only=True):
     """``head`` is the id of the layer that it writes to (`undercroft.model.layer`); ``allocated``
     the space on the host that the layers take which only it needs, ``shared`` that of those
-    beneath that others need too, in bytes."""
+    beneath that others need too, in bytes; ``datastore`` is that (an id) which the head is in."""
 
     state: VolumeState = VolumeState.PENDING
     head: str = ""
     allocated: int = 0
     shared: int = 0
+    datastore: str | None = None
     message: str | None = None
 
 

@@ -29,6 +29,10 @@ PRIVILEGES = frozenset(
         "volume.create",
         "volume.change",  # attach, detach, resize, limit, flatten
         "volume.remove",
+        "datastore.view",
+        "datastore.create",
+        "datastore.change",
+        "datastore.remove",
         "task.view",
         "task.cancel",
         "event.view",

@@ -30,6 +30,7 @@ _HINTS = {
     "volume": "see what exists with: croft volume ls",
     "template": "see what exists with: croft template ls",
     "export": "they are removed once they were fetched: export it again",
+    "datastore": "see what exists with: croft datastore ls",
     "task": "see what exists with: croft task ls",
     "host": "see what exists with: croft host show",
 }

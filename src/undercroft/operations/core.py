@@ -9,6 +9,7 @@ from undercroft.model.host import Host
 from undercroft.model.requests import CheckReport, VMSample
 from undercroft.operations.access import Caller
 from undercroft.operations.context import Context, find
+from undercroft.operations.datastores import DatastoreOperations
 from undercroft.operations.exports import ExportOperations
 from undercroft.operations.images import ImageOperations
 from undercroft.operations.imports import ImportOperations
@@ -93,6 +94,7 @@ class Operations:
         self.imports = ImportOperations(context)
         self.uploads = UploadOperations(context)
         self.images = ImageOperations(context)
+        self.datastores = DatastoreOperations(context)
         self.volumes = VolumeOperations(context)
         self.tasks = TaskOperations(context)
         self.events = EventOperations(context)

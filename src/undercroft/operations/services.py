@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from undercroft.model.appliance import Appliance
+from undercroft.model.datastore import Datastore
 from undercroft.model.requests import CheckReport, ExecRequest, ExecResult, VMSample
 from undercroft.model.transfer import ImportSource, UploadStatus
 from undercroft.model.vm import VM
@@ -84,9 +85,20 @@ class HostServices(Protocol):
     async def samples(self) -> Sequence[VMSample]:
         """Measurements of all running VMs."""
 
-    async def measure(self) -> Mapping[str, int]:
+    async def measure(self, *, now: bool = False) -> Mapping[str, int]:
         """Bytes on the host that the file of each layer takes, by the layer's id; what volumes
-        take is written down as well where it has changed."""
+        take, and how full datastores are, is written down as well where it has changed. A moment
+        old at most, or with ``now`` not even that."""
+
+    async def prepare_datastore(self, path: str, id: str) -> bool:
+        """Makes a directory the datastore ``id``; whether copies in it can share blocks.
+
+        Raises:
+            AlreadyExistsError, DataError: it cannot be one.
+        """
+
+    async def forget_datastore(self, datastore: Datastore) -> None:
+        """Makes a directory no datastore any more."""
 
     async def check_volumes(self, repair: bool) -> CheckReport:
         """Looks for what is wrong with volumes and their layers."""

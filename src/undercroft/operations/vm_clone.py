@@ -33,6 +33,7 @@ from undercroft.operations.context import (
     new_task,
     scope,
 )
+from undercroft.operations.datastores import place, place_checks
 from undercroft.operations.freezing import freezing_task
 from undercroft.operations.vm_create import assign_host_ports, port_claim
 from undercroft.operations.vm_power import check_present
@@ -208,6 +209,8 @@ async def _write(
 ) -> list[Task]:
     names = request.names or await _free_names(context, source, request.count)
     checks, puts, claims = list(source.checks), list(source.puts), list[Claim]()
+    where = await place(context, request.datastore)
+    checks += place_checks(where)
     image = source.shape.image
     if image is not None:
         found = await context.store.get(Image, image)
@@ -217,7 +220,8 @@ async def _write(
     ports = await _ports(context, source.shape.ports, len(names))
     tasks: list[Task] = []
     for name, own in zip(names, ports, strict=True):
-        vm, volumes = _compose(context, source, request, mode, name, own)
+        datastore = where.record.meta.id if where is not None else None
+        vm, volumes = _compose(context, source, request, mode, name, own, datastore)
         macs = {old.mac: new.mac for old, new in zip(source.shape.ports, own, strict=True)}
         arguments: dict[str, object] = {
             "template": source.template,
@@ -260,6 +264,7 @@ def _compose(
     mode: CloneMode,
     name: str,
     ports: tuple[Port, ...],
+    datastore: str | None,
 ) -> tuple[VM, list[Volume]]:
     now = context.clock()
     id = new_id("vm")
@@ -270,7 +275,7 @@ def _compose(
                 name=f"{name}-boot" if index == 0 else f"{name}-disk{index + 1}",
                 created=now,
             ),
-            spec=VolumeSpec(size=size, image=image, host=context.host, vm=id),
+            spec=VolumeSpec(size=size, image=image, host=context.host, vm=id, datastore=datastore),
         )
         for index, (_, size, image) in enumerate(source.disks)
     ]

@@ -39,6 +39,7 @@ from undercroft.model.vm import (
 from undercroft.model.volume import Volume
 from undercroft.operations.access import Caller
 from undercroft.operations.context import Context, find, new_event, new_task, scope
+from undercroft.operations.datastores import place_checks, place_id, place_new
 from undercroft.operations.vm_disks import NewDisks, new_disks
 from undercroft.operations.warm import find_warm, going_on, warm_key
 from undercroft.store.interface import Check, Claim, Put, Transaction, Versioned
@@ -66,10 +67,11 @@ async def create(context: Context, caller: Caller, request: VMCreate) -> Task:
             f"project {request.project[:40]!r} does not exist", action="leave the project out"
         )
     image, content = await _image(context, request)
+    where = await place_new(context, request.datastore)
     for attempt in range(20):
         name = request.name or _invent_name(request)
         vm, disks, forwards = await _compose(
-            context, request, name, image.record if image else None, content
+            context, request, name, image.record if image else None, content, place_id(where)
         )
         arguments: dict[str, object] = {"start": request.start}
         warm = warm_key(request, vm, disks.made, content)
@@ -93,6 +95,7 @@ async def create(context: Context, caller: Caller, request: VMCreate) -> Task:
         checks += [Check(Volume, taken.record.meta.id, taken.revision) for taken in disks.taken]
         if template is not None:
             checks.append(Check(Template, template.record.meta.id, template.revision))
+        checks += place_checks(where)
         try:
             await context.store.transact(Transaction(checks=checks, claims=claims, puts=puts))
         except AlreadyExistsError as taken:
@@ -101,6 +104,7 @@ async def create(context: Context, caller: Caller, request: VMCreate) -> Task:
             raise _explain_taken(taken, name) from None
         except StaleError:
             image, content = await _image(context, request)  # it changed: is it still ready?
+            where = await place_new(context, request.datastore)
             continue
         return task
     raise StaleError("others keep interfering", object=f"image {request.image}", action="try again")
@@ -191,10 +195,11 @@ async def _compose(
     name: str,
     image: Image | None,
     content: ImageContent | None,
+    datastore: str | None,
 ) -> tuple[VM, NewDisks, tuple[Forward, ...]]:
     now = context.clock()
     id = new_id("vm")
-    disks = await new_disks(context, request, name, id, image, content)
+    disks = await new_disks(context, request, name, id, image, content, datastore)
     ports = await _ports(context, request, content)
     spec = _spec(context, request, image, content, tuple(disks.disks), ports)
     check_vm_spec(spec)

@@ -40,22 +40,25 @@ async def new_disks(
     vm: str,
     image: Image | None,
     content: ImageContent | None,
+    datastore: str | None,
 ) -> NewDisks:
-    """The disks of a VM that is to be created.
+    """The disks of a VM that is to be created, in a ``datastore`` (an id).
 
     Raises:
         InvalidError: a size makes no sense. NotFoundError: there is no such volume.
         InUseError, WrongStateError, BusyError: a volume cannot be taken now.
     """
     found = NewDisks()
-    boot = _boot_volume(context, request, name, vm, image, content)
+    boot = _boot_volume(context, request, name, vm, image, content, datastore)
     if boot is not None:
         found.made.append(boot)
         found.add(boot, request.disk_bus, first=True)
     for number, disk in enumerate(request.disks, start=2):
         volume = Volume(
             meta=Meta(id=new_id("volume"), name=f"{name}-disk{number}", created=context.clock()),
-            spec=VolumeSpec(size=check_volume_size(disk.size), host=context.host, vm=vm),
+            spec=VolumeSpec(
+                size=check_volume_size(disk.size), host=context.host, vm=vm, datastore=datastore
+            ),
         )
         found.made.append(volume)
         found.add(volume, disk.bus, first=False)
@@ -79,6 +82,7 @@ def _boot_volume(
     vm: str,
     image: Image | None,
     content: ImageContent | None,
+    datastore: str | None,
 ) -> Volume | None:
     base = content.virtual_size if content is not None and content.disk is not None else 0
     if request.disk is None and base == 0:
@@ -98,5 +102,6 @@ def _boot_volume(
             image=image.meta.id if image is not None and base else None,
             host=context.host,
             vm=vm,
+            datastore=datastore,
         ),
     )

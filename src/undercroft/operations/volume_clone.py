@@ -23,6 +23,7 @@ from undercroft.operations.context import (
     pending,
     scope,
 )
+from undercroft.operations.datastores import place, place_checks
 from undercroft.operations.vm_power import check_present
 from undercroft.operations.volume_use import already_exists, check_idle
 from undercroft.store.interface import Check, Claim, Put, Transaction, Versioned
@@ -45,6 +46,7 @@ async def clone_volume(context: Context, caller: Caller, ref: str, request: Volu
         found = await find(context.store, Volume, ref)
         source = found.record
         check_idle(source)
+        where = await place(context, request.datastore)
         size = check_volume_size(request.size or source.spec.size)
         if size < source.spec.size:
             raise InvalidError(
@@ -65,6 +67,7 @@ async def clone_volume(context: Context, caller: Caller, ref: str, request: Volu
                 image=None if request.full else source.spec.image,
                 host=source.spec.host,
                 source=source.meta.id,
+                datastore=where.record.meta.id if where else None,
             ),
         )
         told = f"{volume.label} is to be a clone of {source.label}"
@@ -88,7 +91,7 @@ async def clone_volume(context: Context, caller: Caller, ref: str, request: Volu
         try:
             await context.store.transact(
                 Transaction(
-                    checks=checks,
+                    checks=[*checks, *place_checks(where)],
                     claims=[Claim(scope("volume"), request.name, volume.meta.id)],
                     puts=[*puts, Put(volume), Put(event)],
                 )

@@ -13,6 +13,7 @@ from undercroft.model.errors import (
     WrongStateError,
 )
 from undercroft.model.image import Image, ImageState
+from undercroft.model.layer import LayerFormat
 from undercroft.model.names import PREFIX, check_labels, check_name, is_id, new_id
 from undercroft.model.requests import LayerTree, VolumeClone, VolumeCreate
 from undercroft.model.snapshot import Snapshot
@@ -29,6 +30,7 @@ from undercroft.operations.context import (
     pending,
     scope,
 )
+from undercroft.operations.datastores import place_checks, place_id, place_new
 from undercroft.operations.disks import DiskOperations
 from undercroft.operations.volume_clone import clone_volume, flatten_volume
 from undercroft.operations.volume_tree import layer_tree
@@ -77,14 +79,21 @@ class VolumeOperations(DiskOperations):
         check_labels(request.labels)
         context = self._context
         if request.source is not None and await _is_volume(context, request.source):
-            if request.preallocate:
+            if request.preallocate or request.format is not LayerFormat.QCOW2:
                 raise InvalidError(
-                    "a volume that begins as another is not preallocated", action="leave that out"
+                    "a volume that begins as another is a thin qcow2 one",
+                    action="leave --preallocate and --format out",
                 )
-            copy = VolumeClone(name=request.name, size=request.size, labels=request.labels)
+            copy = VolumeClone(
+                name=request.name,
+                size=request.size,
+                datastore=request.datastore,
+                labels=request.labels,
+            )
             return await clone_volume(context, caller, request.source, copy)
         for _ in range(ATTEMPTS):
             image = await _ready_image(context, request.source) if request.source else None
+            where = await place_new(context, request.datastore)
             size = _size(request, image.record if image else None)
             now = context.clock()
             volume = Volume(
@@ -96,6 +105,8 @@ class VolumeOperations(DiskOperations):
                     image=image.record.meta.id if image else None,
                     host=context.host,
                     preallocated=request.preallocate,
+                    format=request.format,
+                    datastore=place_id(where),
                 ),
             )
             task = new_task(context, "volume.create", volume, caller.name)
@@ -107,7 +118,7 @@ class VolumeOperations(DiskOperations):
             try:
                 await context.store.transact(
                     Transaction(
-                        checks=checks,
+                        checks=[*checks, *place_checks(where)],
                         claims=[Claim(scope("volume"), request.name, volume.meta.id)],
                         puts=[Put(volume), Put(task), Put(event)],
                     )

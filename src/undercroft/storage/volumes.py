@@ -48,6 +48,7 @@ async def create_volume(
     *,
     base: tuple[Path, str] | None = None,
     tmp: Path,
+    format: str = "qcow2",
     preallocate: bool = False,
     progress: Callable[[float], None] | None = None,
 ) -> None:
@@ -56,7 +57,8 @@ async def create_volume(
 
     ``base`` is an image's disk and its format, which the volume overlays. Its name in the header is
     for people only: QEMU is told the chain, and never follows the header. With ``preallocate`` the
-    file has all of its room from the beginning, and a copy of the ``base``.
+    file has all of its room from the beginning, and, as with ``format`` raw, a copy of the
+    ``base``.
 
     Raises:
         NoSpaceError: the host's disk is full.
@@ -68,8 +70,8 @@ async def create_volume(
         raise DataError(f"{base[0]} is gone, which a disk is to lie on", object=str(base[0]))
     try:
         _check_room(tmp)
-        if preallocate:
-            await _preallocate(half, size, base, progress)
+        if preallocate or format != "qcow2":
+            await _whole(half, size, format, base, preallocate, progress)
         below = (str(base[0]), base[1]) if base is not None else None
         # Cancelled: not after we are gone.
         await in_thread(lambda _: _settle(half, path, size, below))
@@ -85,21 +87,24 @@ async def create_volume(
         half.unlink(missing_ok=True)
 
 
-async def _preallocate(
+async def _whole(
     half: Path,
     size: int,
+    format: str,
     base: tuple[Path, str] | None,
+    preallocate: bool,
     progress: Callable[[float], None] | None,
 ) -> None:
-    require_space("the volume", half.parent, size)
+    if preallocate:
+        require_space("the volume", half.parent, size)
     qemu_img = tool("qemu-img", package="qemu-utils")
-    options = "preallocation=falloc,lazy_refcounts=off,extended_l2=off"
-    command = [qemu_img, "create", "-q", "-f", "qcow2", "-o", options, str(half), str(size)]
+    options = f"preallocation={_preallocation(preallocate)}"
+    command = [qemu_img, "create", "-q", "-f", format, "-o", options, str(half), str(size)]
     await run(command, timeout=_COPY_TIMEOUT)
     if base is not None:
         # -n: into the file that is there, whose room stays taken where the base has nothing.
         command = [qemu_img, "convert", "-p", "-n", "--target-is-zero", "-f", base[1]]
-        command += ["-O", "qcow2", str(base[0]), str(half)]
+        command += ["-O", format, str(base[0]), str(half)]
         await run(command, timeout=_COPY_TIMEOUT, on_output=percentage(progress))
 
 
@@ -151,6 +156,19 @@ def percentage(progress: Callable[[float], None] | None) -> Callable[[bytes], No
             progress(float(found[-1]) / 100)
 
     return watch
+
+
+def _preallocation(wanted: bool) -> str:
+    return "falloc" if wanted else "off"
+
+
+def _alone(path: Path, format: str = "qcow2") -> str:
+    """How a tool is given one file: what its header says that it lies on is not followed, and may
+    not even be there."""
+    image: dict[str, Any] = {"driver": format, "file": {"driver": "file", "filename": str(path)}}
+    if format == "qcow2":
+        image["backing"] = None
+    return "json:" + json.dumps(image)
 
 
 def _check_room(directory: Path) -> None:
@@ -205,16 +223,17 @@ async def volume_info(path: Path) -> VolumeInfo:
         ) from error
 
 
-async def resize_volume(path: Path, size: int) -> None:
-    """Makes a volume that nobody uses larger (bytes as the guest sees them). May be repeated.
+async def resize_volume(
+    path: Path, size: int, *, format: str = "qcow2", preallocate: bool = False
+) -> None:
+    """Makes a volume that nobody uses larger (bytes as the guest sees them); with ``preallocate``
+    the new part has all of its room. May be repeated.
 
     Raises:
         NoSpaceError: the host's disk is full. ProgramError: qemu-img failed.
     """
-    file = {"driver": "file", "filename": str(path)}
-    # What the header says of a file beneath is not followed; the new part is empty either way.
-    image = json.dumps({"driver": "qcow2", "backing": None, "file": file})
-    command = [tool("qemu-img", package="qemu-utils"), "resize", "-q", f"json:{image}", str(size)]
+    command = [tool("qemu-img", package="qemu-utils"), "resize", "-q"]
+    command += [f"--preallocation={_preallocation(preallocate)}", _alone(path, format), str(size)]
     try:
         await run(command, timeout=_CREATE_TIMEOUT)
     except ProgramError as error:
@@ -227,12 +246,12 @@ async def resize_volume(path: Path, size: int) -> None:
 async def check_volume(path: Path, *, repair: bool = False) -> list[str]:
     """What is wrong inside a volume that no VM uses, in words; empty if nothing. ``repair`` mends
     what can be mended without guessing (leaked clusters, qemu-img check -r leaks)."""
-    command = [tool("qemu-img", package="qemu-utils"), "check", "-f", "qcow2", "--output=json"]
+    command = [tool("qemu-img", package="qemu-utils"), "check", "--output=json"]
     if repair:
         command += ["-r", "leaks"]
     try:
         # qemu-img exits with 2 if it found corruption, with 3 for leaks.
-        report = await run([*command, str(path)], timeout=_CHECK_TIMEOUT, success=(0, 2, 3))
+        report = await run([*command, _alone(path)], timeout=_CHECK_TIMEOUT, success=(0, 2, 3))
         answer = json.loads(report)
     except ProgramError as error:
         return [error.message]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from undercroft.model.base import Record
+from undercroft.model.datastore import Datastore
 from undercroft.model.event import Event
 from undercroft.model.export import Export
 from undercroft.model.host import Host
@@ -16,5 +17,17 @@ from undercroft.model.volume import Volume
 
 KINDS: dict[str, type[Record]] = {
     cls.kind: cls
-    for cls in (VM, Volume, Layer, Snapshot, Template, Image, Export, Task, Event, Host)
+    for cls in (
+        VM,
+        Volume,
+        Layer,
+        Datastore,
+        Snapshot,
+        Template,
+        Image,
+        Export,
+        Task,
+        Event,
+        Host,
+    )
 }

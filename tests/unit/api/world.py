@@ -18,6 +18,7 @@ from undercroft.client.client import Client
 from undercroft.client.connect import Endpoint
 from undercroft.model.appliance import Appliance, ApplianceDisk
 from undercroft.model.base import Meta
+from undercroft.model.datastore import Datastore
 from undercroft.model.errors import GuestAgentError, UndercroftError
 from undercroft.model.host import Host, HostStatus
 from undercroft.model.names import new_id
@@ -121,8 +122,14 @@ class FakeHost:
     async def samples(self) -> Sequence[VMSample]:
         return self.running
 
-    async def measure(self) -> Mapping[str, int]:
+    async def measure(self, *, now: bool = False) -> Mapping[str, int]:
         return {}
+
+    async def prepare_datastore(self, path: str, id: str) -> bool:
+        return False
+
+    async def forget_datastore(self, datastore: Datastore) -> None:
+        pass
 
     async def check_volumes(self, repair: bool) -> CheckReport:
         return CheckReport(checked={"volumes": 1})

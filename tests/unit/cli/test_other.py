@@ -78,11 +78,53 @@ def test_volumes(croft, api):
     volume = {
         "meta": {"id": "vol-1", "name": "web1-boot", "created": 1e9},
         "spec": {"size": 10 << 30, "vm": "vm-1", "image": "img-1"},
-        "status": {"state": "ready", "allocated": 1 << 20},
+        "status": {"state": "ready", "allocated": 1 << 20, "datastore": "ds-1"},
     }
     api.routes["GET", "/v1/volumes"] = page(volume)
     api.routes["GET", "/v1/vms"] = page({"meta": {"id": "vm-1", "name": "web1"}})
-    assert "web1-boot  ready   10G       1M  web1  img-1" in croft("volume", "ls").out
+    api.routes["GET", "/v1/datastores"] = page({"meta": {"id": "ds-1", "name": "fast"}})
+    assert "web1-boot  ready   10G       1M  web1  img-1  fast" in croft("volume", "ls").out
+
+
+def test_datastores(croft, api):
+    datastore = {
+        "meta": {"id": "ds-1", "name": "fast", "created": 1e9},
+        "spec": {"path": "/srv/fast", "default": True, "warning": 0.7},
+        "status": {
+            "state": "ready",
+            "capacity": 10 << 30,
+            "free": 1 << 30,
+            "used": 2 << 30,
+            "provisioned": 25 << 30,
+            "fill": "warning",
+            "message": "datastore fast is 90% full",
+        },
+    }
+    api.routes["GET", "/v1/datastores"] = page(datastore)
+    shown = croft("datastore", "ls")
+    assert "fast *  ready       10G   90%    1G    2G       25G  2.50  /srv/fast" in shown.out
+    assert "datastore fast is 90% full" in shown.err
+    api.routes["GET", "/v1/datastores/fast"] = datastore
+    text = croft("datastore", "show", "fast").out
+    assert "25G (2.50 times the capacity)" in text
+    assert "70% and 95%" in text
+
+
+def test_what_a_datastore_is_told(croft, api):
+    made = {"meta": {"name": "fast"}, "status": {"free": 1 << 30}}
+    api.routes["POST", "/v1/datastores"] = api.routes["PATCH", "/v1/datastores/fast"] = made
+    path = ["--path", "/srv/fast", "--warning", "70%"]
+    assert croft("datastore", "create", "fast", *path, "--default").code == 0
+    assert api.sent("POST", "/v1/datastores")[0].json == {
+        "name": "fast",
+        "path": "/srv/fast",
+        "warning": 0.7,
+        "default": True,
+    }
+    assert croft("datastore", "set", "fast", "--critical", "0.9").code == 0
+    assert api.sent("PATCH", "/v1/datastores/fast")[0].json == {"critical": 0.9}
+    assert croft("datastore", "set", "fast").code == 2
+    assert croft("datastore", "create", "x", "--path", "/x", "--warning", "120%").code == 2
 
 
 def test_tasks(croft, api):

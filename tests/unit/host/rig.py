@@ -327,7 +327,7 @@ async def rigged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
     monkeypatch.setattr(Environment, "emulator", lambda self, arch: find(arch))
     monkeypatch.setattr(power, "QemuMachine", hypervisor)
     monkeypatch.setattr(actor_module, "QemuMachine", hypervisor)
-    monkeypatch.setattr("undercroft.host.layers.create_volume", volume)
+    monkeypatch.setattr("undercroft.storage.datastores.directory.create_volume", volume)
     monkeypatch.setattr(exits, "backoff", lambda restarts: 0.01)
     monkeypatch.setattr(power, "ASK_INTERVAL", 0.01)
     monkeypatch.setattr(power, "AGENT_PATIENCE", 0.01)

@@ -12,6 +12,7 @@ from undercroft.host.layers import (
     Uses,
     chain,
     collect_layers,
+    get_layer,
     head_layer,
     make_layer,
     new_layer,
@@ -86,7 +87,7 @@ async def test_unneeded_layers_go_with_their_files(rig: Rig) -> None:
     id = vm.spec.disks[0].volume
     first = await head_layer(environment, id)
     await make_layer(environment, first)
-    second = new_layer(environment, GiB, parent=first)
+    second = new_layer(environment, GiB, parent=await get_layer(environment, first))
     await rig.store.transact(Transaction(puts=[Put(second)]))
     await make_layer(environment, second.meta.id)
     await update(rig.store, Volume, id, lambda v: volume_status(v, head=second.meta.id))

@@ -11,6 +11,7 @@ import msgspec
 
 from undercroft.model.appliance import Appliance
 from undercroft.model.base import Meta, Record
+from undercroft.model.datastore import Datastore
 from undercroft.model.image import (
     Image,
     ImageContent,
@@ -98,8 +99,14 @@ class Services:
     async def samples(self) -> Sequence[VMSample]:
         return []
 
-    async def measure(self) -> Mapping[str, int]:
+    async def measure(self, *, now: bool = False) -> Mapping[str, int]:
         return {}
+
+    async def prepare_datastore(self, path: str, id: str) -> bool:
+        return False
+
+    async def forget_datastore(self, datastore: Datastore) -> None:
+        pass
 
     async def check_volumes(self, repair: bool) -> CheckReport:
         return CheckReport(checked={"volumes": 1})

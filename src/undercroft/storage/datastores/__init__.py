@@ -1,0 +1,1 @@
+"""Datastores: where layers of volumes are kept, behind one small interface."""
