@@ -12,7 +12,9 @@ from litestar.params import QueryParameter
 from litestar.types import ControllerRouterHandler
 
 from undercroft.api.answers import SHARED, AnyRequest, fields_of
+from undercroft.api.backups import BackupController
 from undercroft.api.body import MAX_BODY, StrictJSON
+from undercroft.api.checkpoints import CheckpointController
 from undercroft.api.consoles import console, console_page, vnc, vnc_page
 from undercroft.api.datastores import DatastoreController
 from undercroft.api.events import EventController
@@ -50,6 +52,8 @@ ROUTES: list[ControllerRouterHandler] = [
     metrics,
     VMController,
     SnapshotController,
+    CheckpointController,
+    BackupController,
     TemplateController,
     GuestController,
     console,

@@ -36,6 +36,8 @@ TAGS = {
     "system": "What answers.",
     "vms": "Virtual machines.",
     "snapshots": "VMs as they were.",
+    "checkpoints": "Moments of VMs' disks, and what has changed since, for backups.",
+    "backups": "VMs as they were, kept elsewhere.",
     "guests": "Into a running VM.",
     "consoles": "Serial and VNC consoles, as WebSockets.",
     "templates": "Frozen VMs to make others from.",

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
+from undercroft.client.backups import BackupsClient, CheckpointsClient
 from undercroft.client.connect import Endpoint
 from undercroft.client.datastores import DatastoresClient
 from undercroft.client.decode import convert, decode
@@ -25,6 +26,7 @@ from undercroft.client.transport import TIMEOUT
 from undercroft.client.vms import VMsClient
 from undercroft.client.volumes import VolumesClient
 from undercroft.model.base import Record
+from undercroft.model.checkpoint import Checkpoint
 from undercroft.model.datastore import Datastore
 from undercroft.model.errors import CompactedError, TimeLimitError, error_from_problem
 from undercroft.model.event import Event
@@ -46,6 +48,7 @@ _KINDS: tuple[type[Record], ...] = (
     Volume,
     Datastore,
     Snapshot,
+    Checkpoint,
     Template,
     Image,
     Export,
@@ -79,6 +82,8 @@ class Client:
         self.exports = ExportsClient(self.raw)
         self.imports = ImportsClient(self.raw)
         self.snapshots = SnapshotsClient(self.raw)
+        self.checkpoints = CheckpointsClient(self.raw)
+        self.backups = BackupsClient(self.raw)
         self.templates = TemplatesClient(self.raw)
         self.datastores = DatastoresClient(self.raw)
         self.volumes = VolumesClient(self.raw)

@@ -16,6 +16,8 @@ import structlog
 
 from undercroft.host import orphans
 from undercroft.host.actor import VMActor
+from undercroft.host.backups import VERBS as BACKUP_VERBS
+from undercroft.host.backups import BackupWorker
 from undercroft.host.check import check_host
 from undercroft.host.datastores import open_datastores
 from undercroft.host.environment import Environment
@@ -42,6 +44,7 @@ from undercroft.model.task import Task
 from undercroft.model.template import Template
 from undercroft.model.vm import VM
 from undercroft.model.volume import Volume
+from undercroft.operations.checkpoints import CheckpointOperations
 from undercroft.operations.context import Context
 from undercroft.store.interface import Change, Put, Transaction
 
@@ -65,9 +68,10 @@ class HostAgent:
         self.services = LocalHost(environment, self.machine, self.check)
         self._actors: dict[str, VMActor] = {}
         self._workers: dict[str, Worker[Any]] = {}  # of images, volumes, exports
+        context = Context(environment.store, environment.host, self.services, environment.clock)
+        self._backups = BackupWorker(environment, CheckpointOperations(context))
         self._background: list[asyncio.Task[None]] = []
         self._removals: set[asyncio.Task[None]] = set()
-        context = Context(environment.store, environment.host, self.services, environment.clock)
         self.warmer = Warmer(environment, context, self.machine, room or Room(count=0))
         environment.wish = self.warmer.wish
 
@@ -105,6 +109,8 @@ class HostAgent:
             self._wake_worker(export.record)
         for actor in self._actors.values():
             actor.launch()
+        for item in (await self.environment.store.list(Task)).items:
+            self._backups.wake(item.record)
         revision = min(vms.revision, images.revision, volumes.revision, exports.revision)
         self._background = [
             asyncio.create_task(self._follow(revision), name="follow"),
@@ -126,6 +132,7 @@ class HostAgent:
         await asyncio.gather(
             *(actor.close() for actor in self._actors.values()),
             *(worker.close() for worker in self._workers.values()),
+            self._backups.close(),
         )
 
     async def check(self, repair: bool) -> CheckReport:
@@ -140,7 +147,8 @@ class HostAgent:
 
     def _owned(self) -> set[str]:
         """The VMs whose processes are accounted for."""
-        return {id for id, actor in self._actors.items() if actor.accounts_for_process}
+        owned = {id for id, actor in self._actors.items() if actor.accounts_for_process}
+        return owned | self.environment.serving
 
     async def _end_ownerless_tasks(self, vms: dict[str, VM]) -> None:
         """A task whose object is gone, or no longer lists it, cannot be carried out by anybody."""
@@ -156,7 +164,7 @@ class HostAgent:
             task = entry.record
             if task.status.state.final or task.meta.id in listed:
                 continue
-            if task.spec.host != self.environment.host:
+            if task.spec.host != self.environment.host or task.spec.verb in BACKUP_VERBS:
                 continue
             error = UndercroftError(f"{task.spec.object.kind} {task.spec.object.name} is gone")
             await self.environment.store.transact(
@@ -211,8 +219,11 @@ class HostAgent:
                 self._remove(remove_export(self.environment, change.id))
         elif change.kind is Template and record is None:
             self._remove(remove_files(self.environment, change.id))
-        elif isinstance(record, Task) and record.spec.cancel and not record.status.state.final:
-            self._cancel(record)
+        elif isinstance(record, Task) and not record.status.state.final:
+            if record.spec.cancel:
+                self._cancel(record)
+            else:
+                self._backups.wake(record)
 
     def _remove(self, work: Coroutine[Any, Any, None]) -> None:
         removal = asyncio.create_task(work)
@@ -241,7 +252,9 @@ class HostAgent:
 
     def _cancel(self, task: Task) -> None:
         target = task.spec.object
-        if target.kind == VM.kind and target.id in self._actors:
+        if task.spec.verb in BACKUP_VERBS:
+            self._backups.cancel_task(task)
+        elif target.kind == VM.kind and target.id in self._actors:
             self._actors[target.id].cancel_task(task.meta.id)
         elif target.id in self._workers:
             self._workers[target.id].cancel_task(task.meta.id)

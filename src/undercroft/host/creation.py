@@ -18,10 +18,13 @@ from undercroft.host.identity import see_to_the_rest
 from undercroft.host.importing import forget_upload, make_disks
 from undercroft.host.individuality import individual, make_individual
 from undercroft.host.layers import collect_layers, get_layer, head_layer, make_layer, volume_status
+from undercroft.host.marks import checkpoints_of
 from undercroft.host.outcome import TaskRun, change_status, write
 from undercroft.host.planning import plan_ports
+from undercroft.host.restoring import make_restored
 from undercroft.host.templates import collect_templates, remove_template
 from undercroft.hypervisor.machine import QemuMachine, RunState
+from undercroft.model.checkpoint import Checkpoint
 from undercroft.model.errors import QmpError, TimeLimitError, UndercroftError
 from undercroft.model.requests import CloneMode
 from undercroft.model.snapshot import Snapshot
@@ -57,6 +60,8 @@ async def create(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
     if vm.status.state is VMState.CREATING:
         if "import" in run.arguments:
             await make_disks(environment, vm, run)
+        elif run.arguments.get("restore"):
+            await make_restored(environment, vm, run)
         for disk in vm.spec.disks if "import" not in run.arguments else ():
             await run.progress(None, "making the disk")
             await _make_volume(environment, disk.volume)
@@ -259,6 +264,9 @@ async def _give_up_layers(environment: Environment, vm: VM, volumes: list[Volume
     """Writes that a VM's volumes and snapshots need no layers any more; its snapshots are gone."""
     for volume in volumes:
         await update(environment.store, Volume, volume.meta.id, lambda v: volume_status(v, head=""))
+    for checkpoint in await checkpoints_of(environment, vm.meta.id):
+        gone = Delete(Checkpoint, checkpoint.meta.id)
+        await environment.store.transact(Transaction(deletes=[gone]))
     for item in (await environment.store.list(Snapshot)).items:
         snapshot = item.record
         if snapshot.spec.vm == vm.meta.id:

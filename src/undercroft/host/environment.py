@@ -55,6 +55,8 @@ class Environment:
     """Guests that are being forked just now."""
     wish: Callable[[str, str], None] = lambda vm, key: None
     """Told of a VM (id) that booted, and could have gone on from a warm template with this key."""
+    serving: set[str] = field(default_factory=set)
+    """What the QEMUs are marked with that serve layers to be read, or restored to."""
     closing: bool = False
     _emulators: dict[str, Emulator] = field(default_factory=dict)
 

@@ -28,6 +28,8 @@ _BESIDE_POWER = (
     "volume.detach",
     "volume.resize",
     "volume.limit",
+    "checkpoint.create",
+    "checkpoint.release",
 )
 
 log = structlog.get_logger(__name__)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +150,13 @@ async def image_disk(environment: Environment, id: str) -> tuple[Path, DiskForma
 
 
 async def make_layer(
-    environment: Environment, id: str, progress: Callable[[float], None] | None = None
+    environment: Environment,
+    id: str,
+    progress: Callable[[float], None] | None = None,
+    marks: Sequence[str] = (),
 ) -> None:
-    """Makes a layer's file; does nothing if it is there already.
+    """Makes a layer's file; does nothing if it is there already. ``marks``: the bitmaps in which
+    QEMU notes what is written to it.
 
     Raises:
         NoSpaceError: the disk is full. ProgramError: qemu-img failed.
@@ -175,6 +179,7 @@ async def make_layer(
             base=base,
             preallocate=layer.spec.preallocated,
             progress=progress,
+            marks=marks,
         )
     await layer_is_made(environment, id)
 

@@ -11,24 +11,26 @@ from undercroft.host.actor import VMActor
 from undercroft.host.environment import Environment
 from undercroft.host.imaging import reported
 from undercroft.host.layers import Uses, chain, collect_layers, head_layer, plan_layers
+from undercroft.host.marks import begun_with, marks_moved
 from undercroft.host.outcome import TaskRun
 from undercroft.hypervisor.merge import absorb, offline
 from undercroft.hypervisor.plan import DiskLayer
 from undercroft.hypervisor.qmp import Monitor
-from undercroft.model.layer import Layer
+from undercroft.model.layer import Layer, LayerFormat
 from undercroft.model.vm import VM, disk_units
 from undercroft.store.interface import update
 
 
-async def merge_layers(actor: VMActor, vm: VM, run: TaskRun) -> None:
-    """Merges what can be merged of the disks of a VM, running or not.
+async def merge_layers(actor: VMActor, vm: VM, run: TaskRun, *, raw: bool = True) -> None:
+    """Merges what can be merged of the disks of a VM, running or not; ``raw``: also raw files into
+    the qcow2 files that lie on them, which copies all that they hold.
 
     Raises:
         UndercroftError, OSError: it did not work. All is as it was, and can be tried again.
     """
     environment = actor.environment
     for unit, disk in zip(disk_units(vm.spec.disks), vm.spec.disks, strict=True):
-        while (found := await _mergeable(environment, disk.volume)) is not None:
+        while (found := await _mergeable(environment, disk.volume, raw)) is not None:
             layers, at = found
             await _absorb(actor, vm, run, unit, layers, at)
 
@@ -73,6 +75,7 @@ async def _absorb(
     """Has a layer of the disk at ``unit`` take over the one beneath it, and writes that down."""
     environment = actor.environment
     planned = await plan_layers(environment, layers[0].meta.id, unit)
+    fresh = await begun_with(environment, vm.meta.id, layers[at].meta.id)
     async with reported(run) as report:
 
         def tell(fraction: float) -> None:
@@ -80,21 +83,25 @@ async def _absorb(
 
         tell(0.0)
         if actor.machine is not None:
-            await actor.machine.absorb(planned, at, tell)
+            await actor.machine.absorb(planned, at, tell, fresh)
         else:
-            async with _opened(environment, vm, planned) as monitor:
-                await absorb(monitor, planned, at, tell)
+            async with opened(environment, vm, planned) as monitor:
+                await absorb(monitor, planned, at, tell, fresh)
     await _skip(environment, layers[at], layers[at + 1] if at + 1 < len(layers) else None)
     await collect_layers(environment)
 
 
-async def _mergeable(environment: Environment, volume: str) -> tuple[list[Layer], int] | None:
+async def _mergeable(
+    environment: Environment, volume: str, raw: bool
+) -> tuple[list[Layer], int] | None:
     """A volume's chain, and the place in it of a layer that can take over the one beneath it."""
     layers = await chain(environment, await head_layer(environment, volume))
     uses = await Uses.read(environment)
     own = {layer.meta.id for layer in layers}
     for at in range(len(layers) - 1):
         lower = layers[at + 1].meta.id
+        if not raw and layers[at + 1].spec.format is LayerFormat.RAW:
+            continue
         if lower in uses.heads or lower in uses.frozen or len(uses.children[lower]) != 1:
             continue
         # A layer that another VM lies on must not be rewritten while that VM may be reading it.
@@ -104,7 +111,7 @@ async def _mergeable(environment: Environment, volume: str) -> tuple[list[Layer]
 
 
 @contextlib.asynccontextmanager
-async def _opened(
+async def opened(
     environment: Environment, vm: VM, layers: Sequence[DiskLayer]
 ) -> AsyncIterator[Monitor]:
     directory = environment.run_directory(vm.meta.id)
@@ -116,7 +123,10 @@ async def _opened(
 
 
 async def _skip(environment: Environment, upper: Layer, lower: Layer | None) -> None:
-    """Writes that a layer lies on what was two beneath it; on nothing, if that was its image."""
+    """Writes that a layer lies on what was two beneath it, and has what was noted in that; on
+    nothing, if that was its image."""
+    if lower is not None:
+        await marks_moved(environment, lower.meta.id, upper.meta.id)
     parent, image = (lower.spec.parent, lower.spec.image) if lower is not None else (None, None)
     spec = msgspec.structs.replace(upper.spec, parent=parent, image=image)
     await update(

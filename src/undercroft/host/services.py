@@ -12,11 +12,14 @@ from undercroft.host import uploads
 from undercroft.host.environment import Environment
 from undercroft.host.exports import read_export
 from undercroft.host.importing import examine
+from undercroft.host.reading import changes, read_disk
+from undercroft.host.repositories import Repositories
 from undercroft.host.usage import measure
 from undercroft.host.volume_check import check_volumes
 from undercroft.hypervisor.console import read_log
 from undercroft.hypervisor.guestagent import GuestAgent
 from undercroft.hypervisor.machine import QemuMachine
+from undercroft.model.checkpoint import Changes, Checkpoint
 from undercroft.model.datastore import Datastore
 from undercroft.model.errors import DataError, GuestAgentError, UndercroftError, WrongStateError
 from undercroft.model.names import new_id
@@ -64,7 +67,7 @@ class SocketStream:
             await self._writer.wait_closed()
 
 
-class LocalHost:
+class LocalHost(Repositories):
     """`undercroft.operations.services.HostServices` of the host that this daemon is."""
 
     def __init__(
@@ -198,6 +201,18 @@ class LocalHost:
     async def remove_upload(self, key: str) -> UploadStatus:
         """Forgets it."""
         return await uploads.remove(self._environment, key)
+
+    async def changes(
+        self, vm: VM, checkpoint: Checkpoint, disk: int, since: Checkpoint | None
+    ) -> Changes:
+        """What of a disk at a checkpoint is not what it was at an earlier one."""
+        return await changes(self._environment, vm, checkpoint, disk, since)
+
+    def read_disk(
+        self, vm: VM, checkpoint: Checkpoint, disk: int, offset: int, length: int
+    ) -> AsyncIterator[bytes]:
+        """A part of a disk at a checkpoint."""
+        return read_disk(self._environment, vm, checkpoint, disk, offset, length)
 
     def upload_path(self, name: str) -> Path:
         """A fresh path for content that is being sent."""

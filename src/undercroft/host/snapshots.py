@@ -30,6 +30,7 @@ from undercroft.host.layers import (
     new_layer,
     volume_status,
 )
+from undercroft.host.marks import marks_of
 from undercroft.host.merging import merge_layers
 from undercroft.host.outcome import TaskRun, change_status, write
 from undercroft.host.planning import plan_disks
@@ -99,9 +100,13 @@ async def taken(actor: VMActor, vm: VM, run: TaskRun) -> Snapshot:
         check_can_be_saved(vm)
     snapshot = await _begin(actor, vm, run)
     going = machine is not None and snapshot.status.running
+    marks = await marks_of(environment, vm.meta.id)
+    if "checkpoint" in run.arguments:
+        marks.append(str(run.arguments["checkpoint"]))
     try:
         for disk in snapshot.status.disks:
-            await make_layer(environment, disk.next)
+            if disk.next != disk.layer:
+                await make_layer(environment, disk.next, marks=marks)
         if machine is not None and snapshot.spec.memory and machine.run_state is RunState.RUNNING:
             await machine.pause()
         await in_thread(lambda _: copy_state(environment, snapshot))

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from undercroft.host import creation, disks, power, snapshots, templates, volume_clone
+from undercroft.host import (
+    checkpoints,
+    creation,
+    disks,
+    power,
+    restoring,
+    snapshots,
+    templates,
+    volume_clone,
+)
 from undercroft.host.actor import Verb
 
 VM_VERBS: dict[str, Verb] = {
@@ -25,4 +34,7 @@ VM_VERBS: dict[str, Verb] = {
     "template.create": templates.create,
     "volume.clone": volume_clone.clone_attached,
     "volume.flatten": volume_clone.flatten_attached,
+    "backup.restore": restoring.restore_over,
+    "checkpoint.create": checkpoints.create,
+    "checkpoint.release": checkpoints.release,
 }

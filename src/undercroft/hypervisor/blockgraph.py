@@ -6,13 +6,15 @@ name in an image's header is never followed. The files themselves are descriptor
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 from undercroft.hypervisor.line import Line
 from undercroft.hypervisor.plan import DiskFormat, DiskLayer, PlanDisk
+from undercroft.hypervisor.qmp import Monitor
 
-__all__ = ["add_disk", "add_iso", "layer_nodes"]
+__all__ = ["add_disk", "add_iso", "block_nodes", "hand_over", "layer_nodes"]
 
 
 def add_disk(line: Line, name: str, disk: PlanDisk) -> str:
@@ -78,3 +80,23 @@ def layer_nodes(
     if format is DiskFormat.QCOW2:
         top["backing"] = backing
     return file, top
+
+
+async def hand_over(monitor: Monitor, path: str, access: int, number: int | None = None) -> int:
+    """Opens a file and gives it to a QEMU that runs, in an fdset (a new one without ``number``);
+    the set's number.
+
+    Raises:
+        OSError, QmpError: it did not work.
+    """
+    descriptor = os.open(path, access | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        return await monitor.add_to_set(descriptor, number)
+    finally:
+        os.close(descriptor)
+
+
+async def block_nodes(monitor: Monitor) -> dict[str, dict[str, Any]]:
+    """What QEMU says of its block nodes, by their names."""
+    answer = await monitor.execute("query-named-block-nodes", {"flat": True})
+    return {node["node-name"]: node for node in answer}

@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from undercroft.hypervisor.blockgraph import layer_nodes
+from undercroft.hypervisor.blockgraph import hand_over, layer_nodes
 from undercroft.hypervisor.plan import PlanDisk, unit_of
 from undercroft.hypervisor.qmp import Monitor
 from undercroft.model.errors import QmpError
@@ -67,22 +67,14 @@ async def branch(monitor: Monitor, disks: Sequence[PlanDisk]) -> None:
 
 async def _open(monitor: Monitor, disk: PlanDisk) -> int:
     """Opens the new file of a disk as a node of its own; the number of its fdset."""
-    number = await _hand_over(monitor, disk.path, os.O_RDONLY)
-    await _hand_over(monitor, disk.path, os.O_RDWR, number)
+    number = await hand_over(monitor, disk.path, os.O_RDONLY)
+    await hand_over(monitor, disk.path, os.O_RDWR, number)
     file, top = layer_nodes(
         disk.node, f"/dev/fdset/{number}", disk.format, write=True, backing=None
     )
     await monitor.execute("blockdev-add", file)
     await monitor.execute("blockdev-add", top)
     return number
-
-
-async def _hand_over(monitor: Monitor, path: str, access: int, number: int | None = None) -> int:
-    descriptor = os.open(path, access | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        return await monitor.add_to_set(descriptor, number)
-    finally:
-        os.close(descriptor)
 
 
 async def _forget(monitor: Monitor, nodes: Sequence[str]) -> None:

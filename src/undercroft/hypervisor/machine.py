@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from undercroft.hypervisor.branch import branch, written_nodes
 from undercroft.hypervisor.commandline import command_line, needs_tsc
 from undercroft.hypervisor.emulator import Emulator
 from undercroft.hypervisor.firmware import find_firmware
+from undercroft.hypervisor.fold import begin_fold, drop_folded, end_fold
 from undercroft.hypervisor.guestagent import GuestAgent
 from undercroft.hypervisor.helper import Batch, GuestHelper
 from undercroft.hypervisor.holding import abandon, start_error, take_hold
@@ -366,14 +367,38 @@ class QemuMachine(MachineSession):
         layers: Sequence[DiskLayer],
         index: int,
         progress: Callable[[float], None] | None = None,
+        fresh: Collection[str] = (),
     ) -> None:
         """Has layer ``index`` of a disk's chain take over the content of the one beneath it, while
-        the guest goes on; that one is closed then.
+        the guest goes on; that one is closed then. ``fresh``: its bitmaps that begin with it.
 
         Raises:
             QmpError, TimeLimitError, NoSpaceError, OSError: it did not work; all is as it was.
         """
-        await absorb(self._monitor, layers, index, progress)
+        await absorb(self._monitor, layers, index, progress, fresh)
+
+    async def begin_fold(
+        self, layers: Sequence[DiskLayer], keep: Collection[str], fresh: Collection[str]
+    ) -> None:
+        """See `undercroft.hypervisor.fold`."""
+        await begin_fold(self._monitor, layers, keep, fresh)
+
+    async def end_fold(self, layers: Sequence[DiskLayer]) -> None:
+        """See `undercroft.hypervisor.fold`; for a guest that stands still."""
+        await end_fold(self._monitor, layers)
+
+    async def drop_folded(self, layer: DiskLayer, disks: tuple[PlanDisk, ...]) -> None:
+        """Closes a layer that was folded; ``disks`` as they are now."""
+        await drop_folded(self._monitor, layer)
+        await self._became(disks=disks)
+
+    async def written(self) -> list[str]:
+        """The nodes that the disks are written to.
+
+        Raises:
+            QmpError, TimeLimitError: QEMU does not tell.
+        """
+        return await written_nodes(self._monitor, self.plan.disks)
 
     async def branched(self, disks: tuple[PlanDisk, ...]) -> bool:
         """Whether the disks are written to these files.

@@ -11,12 +11,13 @@ import contextlib
 import os
 import re
 import signal
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from undercroft.hypervisor import sockets
-from undercroft.hypervisor.blockgraph import layer_nodes
+from undercroft.hypervisor.bitmaps import copy_up
+from undercroft.hypervisor.blockgraph import block_nodes, hand_over, layer_nodes
 from undercroft.hypervisor.commandline import SANDBOX
 from undercroft.hypervisor.emulator import Emulator
 from undercroft.hypervisor.plan import DiskLayer
@@ -24,7 +25,15 @@ from undercroft.hypervisor.process import Process, spawn
 from undercroft.hypervisor.qmp import Monitor
 from undercroft.model.errors import NoSpaceError, QmpError, TimeLimitError
 
-__all__ = ["absorb", "offline"]
+__all__ = [
+    "absorb",
+    "cancel_job",
+    "drop_node",
+    "follow_job",
+    "jobs_of",
+    "offline",
+    "reopen",
+]
 
 _JOB = "merge"
 _POLL = 0.1
@@ -38,8 +47,10 @@ async def absorb(
     layers: Sequence[DiskLayer],
     index: int,
     progress: Callable[[float], None] | None = None,
+    fresh: Collection[str] = (),
 ) -> None:
     """Has layer ``index`` of a chain (0 is the top) take over the content of the one beneath it.
+    ``fresh``: those of its bitmaps that begin with it.
 
     Raises:
         QmpError, TimeLimitError, OSError: it did not work. NoSpaceError: the disk is full. The
@@ -49,69 +60,82 @@ async def absorb(
     below = layers[index + 2].node if index + 2 < len(layers) else None
     job = f"{_JOB}-{upper.node}"
     if not await _begun(monitor, job):
-        nodes = await _nodes(monitor)
+        nodes = await block_nodes(monitor)
         if lower.node not in nodes:
             return  # a daemon died when this was done
         if nodes.get(f"{upper.node}-file", {}).get("ro", True):
-            await _reopen(monitor, upper, write=True, backing=lower.node)
+            await reopen(monitor, upper, write=True, backing=lower.node)
+        await copy_up(monitor, upper.node, lower.node, fresh)
         arguments: dict[str, Any] = {"job-id": job, "device": upper.node, "auto-dismiss": False}
         if below is not None:
             arguments["base-node"] = below
         await monitor.execute("block-stream", arguments)
     try:
-        await _follow(monitor, job, progress)
+        await follow_job(monitor, job, progress)
     except BaseException as error:
         if isinstance(error, asyncio.CancelledError):
-            await asyncio.shield(_cancel(monitor, job))
+            await asyncio.shield(cancel_job(monitor, job))
         if index and monitor.connected:
             with contextlib.suppress(QmpError, TimeLimitError, OSError):
-                await asyncio.shield(_reopen(monitor, upper, write=False, backing=lower.node))
+                await asyncio.shield(reopen(monitor, upper, write=False, backing=lower.node))
         raise
     # Until now QEMU may have what it copied, and where it is, in its memory only: opening it anew
     # has all of that written.
-    await _reopen(monitor, upper, write=index == 0, backing=below)
-    await _drop(monitor, lower.node)
+    await reopen(monitor, upper, write=index == 0, backing=below)
+    await drop_node(monitor, lower.node)
 
 
-async def _jobs(monitor: Monitor) -> dict[str, dict[str, Any]]:
+async def jobs_of(monitor: Monitor) -> dict[str, dict[str, Any]]:
+    """QEMU's jobs, by their names."""
     jobs: list[dict[str, Any]] = await monitor.execute("query-jobs")
     return {job["id"]: job for job in jobs}
 
 
 async def _begun(monitor: Monitor, wanted: str) -> bool:
     """Whether an earlier daemon began this job. Other ones of that kind are given up."""
-    jobs = await _jobs(monitor)
+    jobs = await jobs_of(monitor)
     for job in jobs:
         if job.startswith(_JOB) and job != wanted:
-            await _cancel(monitor, job)
+            await cancel_job(monitor, job)
     return wanted in jobs
 
 
-async def _follow(
-    monitor: Monitor, id: str, progress: Callable[[float], None] | None = None
+async def follow_job(
+    monitor: Monitor,
+    id: str,
+    progress: Callable[[float], None] | None = None,
+    until: str = "concluded",
 ) -> None:
-    while (job := (await _jobs(monitor)).get(id)) is not None:
+    """Waits until a job is over, or in the state ``until``.
+
+    Raises:
+        QmpError, NoSpaceError: it failed.
+    """
+    while (job := (await jobs_of(monitor)).get(id)) is not None:
         if job["status"] == "concluded":
             await monitor.execute("job-dismiss", {"id": id})
             if (reason := job.get("error")) is not None:
                 kind = NoSpaceError if "No space left" in reason else QmpError
                 raise kind(f"layers of {monitor.name} cannot be merged: {reason}")
             return
+        if job["status"] == until:
+            return
         if progress is not None and job.get("total-progress"):
             progress(job["current-progress"] / job["total-progress"])
         await asyncio.sleep(_POLL)
 
 
-async def _cancel(monitor: Monitor, job: str) -> None:
+async def cancel_job(monitor: Monitor, job: str) -> None:
+    """Ends a job; what it was to do is not done."""
     with contextlib.suppress(QmpError):
         await monitor.execute("job-cancel", {"id": job})
     with contextlib.suppress(QmpError, NoSpaceError):
-        await _follow(monitor, job)
+        await follow_job(monitor, job)
 
 
-async def _reopen(monitor: Monitor, layer: DiskLayer, *, write: bool, backing: str | None) -> None:
+async def reopen(monitor: Monitor, layer: DiskLayer, *, write: bool, backing: str | None) -> None:
     """Has QEMU write all that it has of a layer, and open it for writing or for reading only."""
-    nodes = await _nodes(monitor)
+    nodes = await block_nodes(monitor)
     number = _set_of(nodes, layer.node)
     if number is None:
         raise QmpError(f"QEMU of {monitor.name} does not have {layer.node}")
@@ -122,12 +146,8 @@ async def _reopen(monitor: Monitor, layer: DiskLayer, *, write: bool, backing: s
         before = [
             one["fd"] for known in sets if known["fdset-id"] == number for one in known["fds"]
         ]
-        access = os.O_RDWR if write else os.O_RDONLY
-        descriptor = os.open(layer.path, access | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
-            await monitor.add_to_set(descriptor, number)
-        finally:
-            os.close(descriptor)
+        for access in (os.O_RDONLY, os.O_RDWR) if write else (os.O_RDONLY,):
+            await hand_over(monitor, layer.path, access, number)
     options = layer_nodes(
         layer.node, f"/dev/fdset/{number}", layer.format, write=write, backing=backing
     )
@@ -137,12 +157,6 @@ async def _reopen(monitor: Monitor, layer: DiskLayer, *, write: bool, backing: s
         await monitor.execute("remove-fd", {"fdset-id": number, "fd": number_in_set})
 
 
-async def _nodes(monitor: Monitor) -> dict[str, dict[str, Any]]:
-    """What QEMU says of its block nodes, by their names."""
-    answer = await monitor.execute("query-named-block-nodes", {"flat": True})
-    return {node["node-name"]: node for node in answer}
-
-
 def _set_of(nodes: Mapping[str, Mapping[str, Any]], node: str) -> int | None:
     """The fdset that the file of a node is in; None if there is no such node."""
     file = nodes.get(f"{node}-file")
@@ -150,9 +164,9 @@ def _set_of(nodes: Mapping[str, Mapping[str, Any]], node: str) -> int | None:
     return int(match[1]) if match is not None else None
 
 
-async def _drop(monitor: Monitor, node: str) -> None:
+async def drop_node(monitor: Monitor, node: str) -> None:
     """Closes a layer that nothing lies on any more."""
-    number = _set_of(await _nodes(monitor), node)
+    number = _set_of(await block_nodes(monitor), node)
     if number is None:  # a daemon died after it was closed
         return
     for name in (node, f"{node}-file"):
@@ -163,13 +177,19 @@ async def _drop(monitor: Monitor, node: str) -> None:
 
 @contextlib.asynccontextmanager
 async def offline(
-    layers: Sequence[DiskLayer], emulator: Emulator, directory: Path, mark: Path, uid: int | None
+    layers: Sequence[DiskLayer],
+    emulator: Emulator,
+    directory: Path,
+    mark: Path,
+    uid: int | None,
+    *,
+    write: bool = False,
 ) -> AsyncIterator[Monitor]:
     """The chain of a disk that no guest uses, opened by a QEMU without a machine, which ends with
     the block. (``qemu-storage-daemon`` takes no descriptors.)
 
     ``directory``: where its socket goes; ``mark``: the directory of the VM that it counts as a
-    process of; ``uid``: whom it runs as.
+    process of; ``uid``: whom it runs as; ``write``: the top layer is opened for writing.
 
     Raises:
         QmpError, TimeLimitError, OSError: it does not start, or cannot open them.
@@ -184,13 +204,12 @@ async def offline(
         await monitor.connect(connection, timeout=_START_TIMEOUT)
         below: str | None = None
         for layer in reversed(layers):
-            descriptor = os.open(layer.path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                number = await monitor.add_to_set(descriptor)
-            finally:
-                os.close(descriptor)
+            number = await hand_over(monitor, layer.path, os.O_RDONLY)
+            top = write and layer is layers[0]
+            if top:
+                await hand_over(monitor, layer.path, os.O_RDWR, number)
             for node in layer_nodes(
-                layer.node, f"/dev/fdset/{number}", layer.format, write=False, backing=below
+                layer.node, f"/dev/fdset/{number}", layer.format, write=top, backing=below
             ):
                 await monitor.execute("blockdev-add", node)
             below = layer.node

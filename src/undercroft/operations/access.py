@@ -13,6 +13,7 @@ PRIVILEGES = frozenset(
         "vm.power",
         "vm.change",
         "vm.snapshot",
+        "vm.backup",  # checkpoints, and reading all that is on its disks
         "vm.remove",
         "vm.console",
         "vm.guest",  # exec and files inside the guest
@@ -38,7 +39,7 @@ PRIVILEGES = frozenset(
         "event.view",
         "host.view",
         "host.check",
-        "host.files",  # have the daemon read a file of the host for an image
+        "host.files",  # have the daemon read files of the host, for images, and write backups
     }
 )
 VIEW = frozenset(name for name in PRIVILEGES if name.endswith(".view"))

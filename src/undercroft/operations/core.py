@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from undercroft.model.backup import RestoreRequest
 from undercroft.model.event import Event
 from undercroft.model.host import Host
 from undercroft.model.requests import CheckReport, VMSample
+from undercroft.model.task import Task
 from undercroft.operations.access import Caller
+from undercroft.operations.backups import BackupOperations
+from undercroft.operations.checkpoints import CheckpointOperations
 from undercroft.operations.context import Context, find
 from undercroft.operations.datastores import DatastoreOperations
 from undercroft.operations.exports import ExportOperations
 from undercroft.operations.images import ImageOperations
 from undercroft.operations.imports import ImportOperations
+from undercroft.operations.restoring import restore
 from undercroft.operations.snapshots import SnapshotOperations
 from undercroft.operations.tasks import TaskOperations
 from undercroft.operations.templates import TemplateOperations
@@ -81,6 +86,14 @@ class HostOperations:
         return await self._context.services.samples()
 
 
+class BackupVerbs(BackupOperations):
+    """Every verb on backups, and what becomes of them."""
+
+    async def restore(self, caller: Caller, request: RestoreRequest) -> Task:
+        """Restores a backup: as a new VM, or over one that exists."""
+        return await restore(self._context, caller, request)
+
+
 class Operations:
     """Every verb there is. ``store`` is for watching only."""
 
@@ -89,6 +102,8 @@ class Operations:
         self.host = context.host
         self.vms = VMOperations(context)
         self.snapshots = SnapshotOperations(context)
+        self.checkpoints = CheckpointOperations(context)
+        self.backups = BackupVerbs(context, self.checkpoints)
         self.templates = TemplateOperations(context)
         self.exports = ExportOperations(context)
         self.imports = ImportOperations(context)

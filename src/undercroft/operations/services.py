@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Protocol
 
 from undercroft.model.appliance import Appliance
+from undercroft.model.backup import Backup, BackupList
+from undercroft.model.checkpoint import Changes, Checkpoint
 from undercroft.model.datastore import Datastore
 from undercroft.model.requests import CheckReport, ExecRequest, ExecResult, VMSample
 from undercroft.model.transfer import ImportSource, UploadStatus
@@ -126,6 +128,26 @@ class HostServices(Protocol):
 
     async def remove_upload(self, key: str) -> UploadStatus:
         """Forgets it; what it was."""
+
+    async def changes(
+        self, vm: VM, checkpoint: Checkpoint, disk: int, since: Checkpoint | None
+    ) -> Changes:
+        """What of a disk at an open checkpoint is not what it was at an earlier one; without one,
+        what is not zeroes. `ConflictError` if it cannot be told."""
+
+    def read_disk(
+        self, vm: VM, checkpoint: Checkpoint, disk: int, offset: int, length: int
+    ) -> AsyncIterator[bytes]:
+        """A part of a disk at an open checkpoint."""
+
+    async def repository(self, path: str) -> str:
+        """The id of the repository in a directory of this host, made if it is not there."""
+
+    async def backups(self, repository: str) -> BackupList:
+        """What is in a repository: a directory of this host."""
+
+    async def backup(self, repository: str, ref: str) -> Backup:
+        """One backup: its id, or the name or id of a VM for its newest."""
 
     def upload_path(self, name: str) -> Path:
         """A fresh path in the data directory for content that is being sent (`ImageSourceKind`

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-
 import msgspec
 
 from undercroft.model.checks import check_can_be_saved
@@ -11,7 +9,6 @@ from undercroft.model.errors import (
     AlreadyExistsError,
     InvalidError,
     NotFoundError,
-    StaleError,
     WrongStateError,
 )
 from undercroft.model.names import check_name, is_id, new_id
@@ -19,26 +16,20 @@ from undercroft.model.requests import RevertRequest, SnapshotCreate
 from undercroft.model.snapshot import Snapshot, SnapshotSpec, SnapshotState
 from undercroft.model.task import Task
 from undercroft.model.vm import VM, Power, VMSpec
-from undercroft.model.volume import Volume
 from undercroft.operations.access import Caller
+from undercroft.operations.asking import Volumes, ask
 from undercroft.operations.context import (
-    ATTEMPTS,
     Context,
-    check_queue,
     find,
-    new_task,
     snapshot_scope,
 )
 from undercroft.operations.snapshot_disks import disks_then
-from undercroft.operations.vm_power import check_present
 from undercroft.operations.volume_use import check_settled
-from undercroft.store.interface import Check, Listing, Put, Transaction, Versioned
+from undercroft.store.interface import Listing, Versioned
 
 MAX_DESCRIPTION = 1024
-_Volumes = list[Versioned[Volume]]
-_Prepare = Callable[[VM, _Volumes], Awaitable[tuple[VM, dict[str, object]]]]
 # What a VM goes back to besides its disks. Its name, networks and policies stay what they are now.
-_SHAPE = (
+SHAPE = (
     "cpus",
     "memory",
     "machine",
@@ -98,7 +89,7 @@ class SnapshotOperations:
         if request.name is not None:
             check_name(request.name, "snapshot")
 
-        async def prepare(vm: VM, volumes: _Volumes) -> tuple[VM, dict[str, object]]:
+        async def prepare(vm: VM, volumes: Volumes) -> tuple[VM, dict[str, object]]:
             if request.memory and vm.status.state.alive:
                 check_can_be_saved(vm)
             name = request.name or await self._free_name(vm)
@@ -117,7 +108,7 @@ class SnapshotOperations:
             }
             return vm, arguments
 
-        return await self._ask(caller, ref, "snapshot.create", prepare)
+        return await ask(self._context, caller, ref, "snapshot.create", prepare)
 
     async def revert(self, caller: Caller, ref: str, snapshot: str, request: RevertRequest) -> Task:
         """Makes a VM what it was when the snapshot was taken, switched on if it has memory.
@@ -128,7 +119,7 @@ class SnapshotOperations:
         """
         caller.require("vm.snapshot")
 
-        async def prepare(vm: VM, volumes: _Volumes) -> tuple[VM, dict[str, object]]:
+        async def prepare(vm: VM, volumes: Volumes) -> tuple[VM, dict[str, object]]:
             found = await self._ready(vm, snapshot)
             if vm.status.state.alive and not request.force:
                 raise WrongStateError(
@@ -152,7 +143,7 @@ class SnapshotOperations:
             )
             return wanted, {"snapshot": found.meta.id, "name": found.meta.name}
 
-        return await self._ask(caller, ref, "snapshot.revert", prepare)
+        return await ask(self._context, caller, ref, "snapshot.revert", prepare)
 
     async def remove(self, caller: Caller, ref: str, snapshot: str) -> Task:
         """Forgets a snapshot; the VM, and snapshots that came from it, stay as they are.
@@ -162,37 +153,11 @@ class SnapshotOperations:
         """
         caller.require("vm.snapshot")
 
-        async def prepare(vm: VM, volumes: _Volumes) -> tuple[VM, dict[str, object]]:
+        async def prepare(vm: VM, volumes: Volumes) -> tuple[VM, dict[str, object]]:
             found = await self._ready(vm, snapshot)
             return vm, {"snapshot": found.meta.id, "name": found.meta.name}
 
-        return await self._ask(caller, ref, "snapshot.remove", prepare)
-
-    async def _ask(self, caller: Caller, ref: str, verb: str, prepare: _Prepare) -> Task:
-        """Writes what is wanted of the VM and the task that brings it about."""
-        for _ in range(ATTEMPTS):
-            found = await find(self._context.store, VM, ref)
-            vm = found.record
-            check_present(vm)
-            check_queue(vm)
-            volumes: _Volumes = []
-            wanted, arguments = await prepare(vm, volumes)
-            task = new_task(self._context, verb, vm, caller.name, **arguments)
-            wanted = msgspec.structs.replace(wanted, tasks=(*vm.tasks, task.meta.id))
-            try:
-                await self._context.store.transact(
-                    Transaction(
-                        checks=[
-                            Check(VM, vm.meta.id, found.revision),
-                            *(Check(Volume, v.record.meta.id, v.revision) for v in volumes),
-                        ],
-                        puts=[Put(wanted), Put(task), *(Put(v.record) for v in volumes)],
-                    )
-                )
-            except StaleError:
-                continue
-            return task
-        raise StaleError(f"others keep changing vm {ref}", object=f"vm {ref}", action="try again")
+        return await ask(self._context, caller, ref, "snapshot.remove", prepare)
 
     async def _ready(self, vm: VM, ref: str) -> Snapshot:
         snapshot = (await self._find(vm, ref)).record
@@ -230,4 +195,4 @@ class SnapshotOperations:
 
 
 def _shape(spec: VMSpec | None) -> dict[str, object]:
-    return {} if spec is None else {name: getattr(spec, name) for name in _SHAPE}
+    return {} if spec is None else {name: getattr(spec, name) for name in SHAPE}

@@ -51,6 +51,7 @@ async def create_volume(
     format: str = "qcow2",
     preallocate: bool = False,
     progress: Callable[[float], None] | None = None,
+    marks: Sequence[str] = (),
 ) -> None:
     """Makes a volume of ``size`` bytes at ``path``; made in ``tmp`` and then moved, so that it is
     there whole or not at all.
@@ -58,7 +59,7 @@ async def create_volume(
     ``base`` is an image's disk and its format, which the volume overlays. Its name in the header is
     for people only: QEMU is told the chain, and never follows the header. With ``preallocate`` the
     file has all of its room from the beginning, and, as with ``format`` raw, a copy of the
-    ``base``.
+    ``base``. ``marks`` are the names of bitmaps in which QEMU notes what is written.
 
     Raises:
         NoSpaceError: the host's disk is full.
@@ -73,6 +74,9 @@ async def create_volume(
         if preallocate or format != "qcow2":
             await _whole(half, size, format, base, preallocate, progress)
         below = (str(base[0]), base[1]) if base is not None else None
+        if marks:
+            await in_thread(lambda _: _make(half, size, below))
+            await _mark(half, marks)
         # Cancelled: not after we are gone.
         await in_thread(lambda _: _settle(half, path, size, below))
     except ProgramError as error:
@@ -85,6 +89,15 @@ async def create_volume(
         raise
     finally:
         half.unlink(missing_ok=True)
+
+
+async def _mark(half: Path, marks: Sequence[str]) -> None:
+    """Adds dirty bitmaps to a file. What it lies on is of no importance: named as nothing."""
+    name = str(half).replace(",", ",,")
+    described = f"driver=qcow2,file.driver=file,file.filename={name},backing="
+    for mark in marks:
+        command = [tool("qemu-img", package="qemu-utils"), "bitmap", "--add", "-g", "64K"]
+        await run([*command, "--image-opts", described, mark], timeout=_CREATE_TIMEOUT)
 
 
 async def _whole(
@@ -185,10 +198,14 @@ def _full(path: Path) -> NoSpaceError:
     )
 
 
-def _settle(half: Path, path: Path, size: int, base: tuple[str, str] | None) -> None:
-    """Makes a file durable under its name: an empty one, unless it is there already."""
+def _make(half: Path, size: int, base: tuple[str, str] | None) -> None:
     if not half.exists():
         write_empty(half, size, base)
+
+
+def _settle(half: Path, path: Path, size: int, base: tuple[str, str] | None) -> None:
+    """Makes a file durable under its name: an empty one, unless it is there already."""
+    _make(half, size, base)
     half.chmod(0o600)
     _sync(half)
     half.rename(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from undercroft.model.base import Record
+from undercroft.model.checkpoint import Checkpoint
 from undercroft.model.datastore import Datastore
 from undercroft.model.event import Event
 from undercroft.model.export import Export
@@ -23,6 +24,7 @@ KINDS: dict[str, type[Record]] = {
         Layer,
         Datastore,
         Snapshot,
+        Checkpoint,
         Template,
         Image,
         Export,

@@ -16,8 +16,10 @@ import msgspec
 from undercroft.api.server import ApiServer
 from undercroft.client.client import Client
 from undercroft.client.connect import Endpoint
+from undercroft.host.repositories import Repositories
 from undercroft.model.appliance import Appliance, ApplianceDisk
 from undercroft.model.base import Meta
+from undercroft.model.checkpoint import Changes, Checkpoint
 from undercroft.model.datastore import Datastore
 from undercroft.model.errors import GuestAgentError, UndercroftError
 from undercroft.model.host import Host, HostStatus
@@ -71,7 +73,7 @@ class Echo:
 
 
 @dataclass
-class FakeHost:
+class FakeHost(Repositories):
     """What a host does, without doing it."""
 
     tmp: Path
@@ -163,6 +165,19 @@ class FakeHost:
 
     async def remove_upload(self, key: str) -> UploadStatus:
         return UploadStatus(key=key, size=len(self.uploads.pop(key, b"")))
+
+    async def changes(
+        self, vm: VM, checkpoint: Checkpoint, disk: int, since: Checkpoint | None
+    ) -> Changes:
+        return Changes(size=1 << 20, extents=())
+
+    async def read_disk(
+        self, vm: VM, checkpoint: Checkpoint, disk: int, offset: int, length: int
+    ) -> AsyncIterator[bytes]:
+        yield bytes(length)
+
+    async def repository(self, path: str) -> str:
+        return "repo-0000000000000000"
 
     def upload_path(self, name: str) -> Path:
         return self.tmp / f"upload-{secrets.token_hex(8)}"

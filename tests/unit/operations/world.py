@@ -9,8 +9,10 @@ from typing import Any
 
 import msgspec
 
+from undercroft.host.repositories import Repositories
 from undercroft.model.appliance import Appliance
 from undercroft.model.base import Meta, Record
+from undercroft.model.checkpoint import Changes, Checkpoint
 from undercroft.model.datastore import Datastore
 from undercroft.model.image import (
     Image,
@@ -57,7 +59,7 @@ async def _pieces() -> AsyncIterator[bytes]:
     yield b"piece"
 
 
-class Services:
+class Services(Repositories):
     """`HostServices` that remembers the calls."""
 
     def __init__(self, tmp: Path) -> None:
@@ -138,6 +140,22 @@ class Services:
 
     async def remove_upload(self, key: str) -> UploadStatus:
         return UploadStatus(key=key, size=len(self.uploads.pop(key, b"")))
+
+    async def changes(
+        self, vm: VM, checkpoint: Checkpoint, disk: int, since: Checkpoint | None
+    ) -> Changes:
+        self.calls.append(("changes", checkpoint.meta.id, disk, since))
+        return Changes(size=1 << 20, extents=())
+
+    def read_disk(
+        self, vm: VM, checkpoint: Checkpoint, disk: int, offset: int, length: int
+    ) -> AsyncIterator[bytes]:
+        self.calls.append(("read_disk", checkpoint.meta.id, disk, offset, length))
+        return _pieces()
+
+    async def repository(self, path: str) -> str:
+        self.calls.append(("repository", path))
+        return "repo-0000000000000000"
 
     def upload_path(self, name: str) -> Path:
         return self._tmp / f"upload-{new_id('image').removeprefix('img-')}"

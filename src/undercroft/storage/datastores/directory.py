@@ -58,6 +58,7 @@ class DirectoryDriver:
         base: tuple[Path, str] | None = None,
         preallocate: bool = False,
         progress: Callable[[float], None] | None = None,
+        marks: Sequence[str] = (),
     ) -> None:
         """See `Driver.make`."""
         await self.check()
@@ -69,7 +70,18 @@ class DirectoryDriver:
             format=format,
             preallocate=preallocate,
             progress=progress,
+            marks=marks,
         )
+
+    def half(self) -> Path:
+        """See `Driver.half`."""
+        return self._tmp / f"half-{secrets.token_hex(8)}"
+
+    async def adopt(self, half: Path, name: str) -> None:
+        """See `Driver.adopt`."""
+        await self.check()
+        await asyncio.to_thread(half.rename, self.path(name))
+        await asyncio.to_thread(sync_directory, self._path)
 
     async def copy(
         self,
@@ -92,7 +104,7 @@ class DirectoryDriver:
                 progress=progress,
             )
             return
-        half = self._tmp / f"copy-{secrets.token_hex(8)}"
+        half = self.half()
         try:
             with disk_full_is_clear("the copy", self._path):
                 await in_thread(lambda stop: copy_file(chain[0][0], half, stop, progress))

@@ -40,8 +40,10 @@ class Driver(Protocol):
         base: tuple[Path, str] | None = None,
         preallocate: bool = False,
         progress: Callable[[float], None] | None = None,
+        marks: Sequence[str] = (),
     ) -> None:
-        """Makes a file for a disk of ``size`` bytes, over a ``base`` (path and format) or empty.
+        """Makes a file for a disk of ``size`` bytes, over a ``base`` (path and format) or empty;
+        ``marks``: with these dirty bitmaps.
 
         Raises:
             NoSpaceError: there is no room.
@@ -63,6 +65,12 @@ class Driver(Protocol):
         Raises:
             NoSpaceError: there is no room.
         """
+
+    def half(self) -> Path:
+        """A fresh path for a file that gets its name when it is whole (`adopt`)."""
+
+    async def adopt(self, half: Path, name: str) -> None:
+        """Gives a file that is whole and synchronised its name."""
 
     async def remove(self, name: str) -> None:
         """Removes a file; nothing happens if it is gone."""

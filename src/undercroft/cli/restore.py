@@ -1,0 +1,72 @@
+"""Making VMs of backups."""
+
+from __future__ import annotations
+
+from undercroft.cli.backups import add_from, repository
+from undercroft.cli.command import Command, Namespace, Parser
+from undercroft.cli.errors import UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from undercroft.cli.context import Croft
+
+
+class Restore(Command):
+    """``croft backup restore BACKUP [--as NAME | --over VM --force]``"""
+
+    description = """
+        Makes a new VM of a backup, or makes one what it was. It fails if anything of the backup is
+        damaged; nothing is left of it then. With --over the VM goes on until all is read, and loses
+        what it has become since.
+    """
+    examples = (
+        ("croft backup restore web1 --from /backup/vms", "the newest, under its own name"),
+        ("croft backup restore bk-… --as web2 --start", "as a new VM, switched on"),
+        ("croft backup restore web1 --over web1 --force", "back to what it was"),
+    )
+
+    def arguments(self, parser: Parser) -> None:
+        parser.add_argument(
+            "backup", metavar="BACKUP", help="its id, or a VM for its newest; -: from a pipe"
+        )
+        add_from(parser)
+        parser.add_argument("--as", dest="name", metavar="NAME", help="the new VM's name")
+        parser.add_argument("--over", metavar="VM", help="make this VM what it was")
+        parser.add_argument(
+            "-f", "--force", action="store_true", help="with --over: it loses what it is now"
+        )
+        parser.add_argument("-s", "--start", action="store_true", help="switch it on afterwards")
+        parser.add_argument(
+            "--damaged", action="store_true", help="what is left of it, with zeroes for the rest"
+        )
+        parser.add_argument(
+            "--no-wait", action="store_true", help="only ask for it; print the task's id"
+        )
+
+    def run(self, croft: Croft, args: Namespace) -> int:
+        from undercroft.cli.power import act
+
+        if args.name and args.over:
+            raise UsageError("--as makes a new VM, --over changes one", "give one of them")
+        body = {
+            "repository": repository(croft, args.source),
+            "backup": args.backup,
+            "name": args.name,
+            "over": args.over,
+            "force": args.force,
+            "start": args.start,
+            "damaged": args.damaged,
+        }
+        told = f"is as it was in {args.backup}" if args.over else f"is restored from {args.backup}"
+        return act(
+            croft,
+            [args.backup],
+            lambda _: croft.api.post("/v1/backups/restore", body),
+            told,
+            no_wait=args.no_wait,
+        )
+
+
+def send(croft: Croft, args: Namespace) -> int:
+    """Backs a VM up to standard output."""
+    raise UsageError("not yet", "give a directory")

@@ -1,0 +1,229 @@
+"""How what a backup holds becomes the disks of a VM again: of a new one, or of one that exists.
+
+A disk is restored into a new file in DATA/tmp, and becomes a layer when it is whole. So whatever is
+killed or full, a VM has either all that it had, or all that the backup has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from undercroft.host import power
+from undercroft.host.actor import Outcome, VMActor
+from undercroft.host.datastores import driver, file_name
+from undercroft.host.environment import Environment
+from undercroft.host.imaging import reported
+from undercroft.host.layers import collect_layers, get_layer, new_layer, volume_status
+from undercroft.host.outcome import TaskRun, change_status, write
+from undercroft.host.reading import opened, serving
+from undercroft.hypervisor.plan import DiskFormat, DiskLayer
+from undercroft.hypervisor.suspend import discard_state
+from undercroft.model.backup import Backup, BackupDisk
+from undercroft.model.errors import DataError
+from undercroft.model.layer import LayerState
+from undercroft.model.vm import VM, Power, VMState
+from undercroft.model.volume import Volume, VolumeState
+from undercroft.storage.backup.packs import Packs
+from undercroft.storage.backup.reading import read_disk, restore_files
+from undercroft.storage.backup.repository import Repository
+from undercroft.storage.files import disk_full_is_clear, remove_tree, sync_directory
+from undercroft.storage.threads import Stop, in_thread
+from undercroft.storage.volumes import create_volume
+from undercroft.store.interface import Check, Put, Transaction, Versioned
+
+Report = Callable[[float, str], None]
+
+
+async def make_restored(environment: Environment, vm: VM, run: TaskRun) -> None:
+    """Makes the volumes and files of a new VM from the backup that the task names.
+
+    Raises:
+        UndercroftError: it did not work, and can be tried again.
+    """
+    async with Restoring(environment, vm, run) as restoring:
+        directory = environment.vm_directory(vm.meta.id)
+        await in_thread(lambda _: restoring.files(directory))
+        for index, disk in enumerate(vm.spec.disks):
+            found = await environment.store.get(Volume, disk.volume)
+            if found is not None and found.record.status.state is VolumeState.READY:
+                continue  # by a daemon that died after that
+            path = await restoring.disk(index)
+            await _become(environment, disk.volume, path, restoring.backup.disks[index].size)
+
+
+async def restore_over(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
+    """Makes a VM what it was when it was backed up. It goes on until what the backup holds is all
+    here; what it has become since is lost unless a snapshot has it."""
+    environment = actor.environment
+    async with Restoring(environment, vm, run) as restoring:
+        paths = [await restoring.disk(index) for index in range(len(vm.spec.disks))]
+        await run.commit()
+        if actor.machine is not None:
+            await run.progress(None, "switching it off")
+            await actor.machine.quit()
+            await actor.exited(None)
+            actor.release()
+        saved = environment.suspended_path(vm.meta.id)
+        await in_thread(lambda _: discard_state(saved))
+        await write(
+            environment,
+            VM,
+            vm.meta.id,
+            lambda v: change_status(v, state=VMState.STOPPED, instance=None),
+        )
+        directory = environment.vm_directory(vm.meta.id)
+        for index, disk in enumerate(vm.spec.disks):
+            size = restoring.backup.disks[index].size
+            await _become(environment, disk.volume, paths[index], size)
+        await in_thread(lambda _: restoring.files(directory, replace=True))
+    await collect_layers(environment)
+    shape = run.arguments.get("shape")
+
+    def change(record: VM) -> VM:
+        if isinstance(shape, dict):
+            record = msgspec.structs.replace(
+                record,
+                spec=msgspec.convert(
+                    {**msgspec.to_builtins(record.spec), **shape}, type(record.spec)
+                ),
+            )
+        return change_status(
+            record,
+            state=VMState.STOPPED,
+            instance=None,
+            addresses=(),
+            agent=None,
+            message=None,
+            snapshot=None,
+        )
+
+    restored = await write(environment, VM, vm.meta.id, change)
+    outcome = Outcome(lambda record: record)
+    if restored is not None and restored.spec.power is Power.RUNNING:
+        outcome = await power.start(actor, restored, run)
+    outcome.event = "backup.restored"
+    outcome.message = f"{vm.label} was restored from backup {run.arguments['backup']}"
+    return outcome
+
+
+class Restoring:
+    """A backup being read for a VM; the repository stays as it is inside the block."""
+
+    def __init__(self, environment: Environment, vm: VM, run: TaskRun) -> None:
+        self._environment = environment
+        self._vm = vm
+        self._run = run
+        self._lenient = bool(run.arguments.get("damaged"))
+        self._made: list[Path] = []
+        self._packs: Packs | None = None
+        self.backup: Backup
+
+    async def __aenter__(self) -> Restoring:
+        path = Path(str(self._run.arguments["repository"]))
+        repository = await asyncio.to_thread(Repository.open, path)
+        self._lock = repository.lock(share=True)
+        while not await asyncio.to_thread(self._lock.try_lock):
+            await self._run.progress(None, "waiting for the repository")
+            await asyncio.sleep(0.2)
+        try:
+            self.backup = await asyncio.to_thread(
+                repository.get, str(self._run.arguments["backup"])
+            )
+            self._packs = await asyncio.to_thread(repository.packs)
+        except BaseException:
+            self._lock.close()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._packs is not None:
+            self._packs.close()
+        self._lock.close()
+        for path in self._made:
+            await asyncio.to_thread(path.unlink, missing_ok=True)
+
+    def get(self, digest: bytes) -> bytes:
+        """A content of the repository."""
+        if self._packs is None:
+            raise DataError("the repository is closed")
+        return self._packs.get(digest)
+
+    def files(self, directory: Path, *, replace: bool = False) -> None:
+        """Puts the files beside the disks into the VM's directory. Blocks."""
+        with disk_full_is_clear("restoring a backup", directory):
+            if replace:
+                for name in ("nvram.fd", "tpm"):
+                    path = directory / name
+                    path.unlink(missing_ok=True) if path.is_file() else remove_tree(path)
+            restore_files(self.get, self.backup, directory, lenient=self._lenient)
+            sync_directory(directory)
+
+    async def disk(self, index: int) -> Path:
+        """Restores a disk into a new file; gone with the block unless it is moved away.
+
+        Raises:
+            UndercroftError: it did not work.
+        """
+        environment = self._environment
+        disk = self.backup.disks[index]
+        volume = await environment.store.get(Volume, self._vm.spec.disks[index].volume)
+        store = await driver(environment, await _datastore(environment, volume))
+        path = store.half()
+        self._made.append(path)
+        await create_volume(path, disk.size, tmp=path.parent)
+        layer = DiskLayer(path=str(path), format=DiskFormat.QCOW2, node=f"restored{index}")
+        async with (
+            reported(self._run) as report,
+            serving(environment, self._vm, [layer], write=True) as export,
+        ):
+
+            def copy(stop: Stop) -> None:
+                with opened(export, (), stop) as client:
+                    for offset, content in self._content(disk):
+                        stop.check()
+                        client.write(offset, content)
+                        report(offset / disk.size, f"restoring disk {index}")
+                    client.flush()
+
+            await in_thread(copy)
+        return path
+
+    def _content(self, disk: BackupDisk) -> Any:
+        return read_disk(self.get, self.backup, disk, lenient=self._lenient)
+
+
+async def _become(environment: Environment, volume: str, path: Path, size: int) -> None:
+    """Makes a restored file the only layer of a volume."""
+    found = await environment.store.get(Volume, volume)
+    if found is None:
+        raise DataError(f"the record of volume {volume} is gone", object=f"volume {volume}")
+    layer = new_layer(environment, size, datastore=await _datastore(environment, found))
+    store = await driver(environment, layer.spec.datastore)
+    async with environment.layers_lock:  # nobody must find it without use
+        await environment.store.transact(Transaction(puts=[Put(layer)]))
+        await store.adopt(path, file_name(layer))
+        wanted = volume_status(found.record, head=layer.meta.id, state=VolumeState.READY)
+        spec = msgspec.structs.replace(wanted.spec, size=size, image=None)
+        wanted = msgspec.structs.replace(wanted, spec=spec)
+        ready = msgspec.structs.replace(
+            layer, status=msgspec.structs.replace(layer.status, state=LayerState.READY)
+        )
+        await environment.store.transact(
+            Transaction(
+                checks=[Check(Volume, volume, found.revision)], puts=[Put(wanted), Put(ready)]
+            )
+        )
+
+
+async def _datastore(environment: Environment, volume: Versioned[Volume] | None) -> str | None:
+    """The datastore that a volume is in now, or is to be in."""
+    if volume is None:
+        return None
+    if volume.record.status.head:
+        return (await get_layer(environment, volume.record.status.head)).spec.datastore
+    return volume.record.spec.datastore

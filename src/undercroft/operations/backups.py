@@ -1,0 +1,177 @@
+"""Backups of VMs: making, looking at, verifying, restoring and removing them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+
+import msgspec
+
+from undercroft.model.backup import (
+    Backup,
+    BackupCreate,
+    BackupList,
+    Pruned,
+    PruneRequest,
+)
+from undercroft.model.base import Ref
+from undercroft.model.checkpoint import CheckpointCreate
+from undercroft.model.errors import InvalidError
+from undercroft.model.names import new_id
+from undercroft.model.task import Task
+from undercroft.model.vm import VM
+from undercroft.operations.access import Caller
+from undercroft.operations.asking import Volumes, ask
+from undercroft.operations.checkpoints import CheckpointOperations
+from undercroft.operations.context import Context, find, new_task
+from undercroft.storage.backup.pruning import kept
+from undercroft.store.interface import Put, Transaction
+
+MAX_DESCRIPTION = 1024
+
+
+def owner_of(repository: str) -> str:
+    """The owner of checkpoints that backups in a repository (its id) count from."""
+    return f"backup/{repository}"
+
+
+class BackupOperations:
+    """Every verb on backups. A repository is named by its directory on the daemon's host."""
+
+    def __init__(self, context: Context, checkpoints: CheckpointOperations) -> None:
+        self._context = context
+        self._checkpoints = checkpoints
+
+    async def create(self, caller: Caller, ref: str, request: BackupCreate) -> Task:
+        """Backs a VM up, running or not; it goes on meanwhile.
+
+        Raises:
+            InvalidError: the request makes no sense. WrongStateError: the VM is being made.
+            DataError: the repository cannot be used.
+        """
+        caller.require("vm.backup")
+        caller.require("host.files")
+        path = check_repository(request.repository)
+        if len(request.description) > MAX_DESCRIPTION:
+            raise InvalidError(f"a description has at most {MAX_DESCRIPTION} characters")
+        vm = (await find(self._context.store, VM, ref)).record
+        repository = await self._context.services.repository(path)
+
+        async def prepare(vm: VM, _: Volumes) -> tuple[VM, dict[str, object]]:
+            wanted = CheckpointCreate(quiesce=request.quiesce, owner=owner_of(repository))
+            return vm, await self._checkpoints.arguments(vm, wanted)
+
+        def beside(vm: VM, making: Task) -> Task:
+            return new_task(
+                self._context,
+                "backup.create",
+                vm,
+                caller.name,
+                repository=path,
+                backup=new_id("backup"),
+                checkpoint=making.spec.arguments["checkpoint"],
+                waits=making.meta.id,
+                full=request.full,
+                description=request.description,
+            )
+
+        return await ask(self._context, caller, vm.meta.id, "checkpoint.create", prepare, beside)
+
+    async def list(self, caller: Caller, repository: str, vm: str | None = None) -> BackupList:
+        """The backups in a repository, oldest first; of one VM (its name or id), if given."""
+        caller.require("host.files")
+        found = await self._context.services.backups(check_repository(repository))
+        if vm is None:
+            return found
+        chosen = tuple(backup for backup in found.backups if vm in (backup.name, backup.vm))
+        return msgspec.structs.replace(found, backups=chosen)
+
+    async def get(self, caller: Caller, repository: str, ref: str) -> Backup:
+        """A backup: its id, or the name or id of a VM for its newest."""
+        caller.require("host.files")
+        return await self._context.services.backup(check_repository(repository), ref)
+
+    async def verify(self, caller: Caller, repository: str, refs: Sequence[str] = ()) -> Task:
+        """Reads backups (all, if none is named) and compares everything with its checksums. The
+        task fails if anything is damaged.
+
+        Raises:
+            NotFoundError: there is no such repository or backup.
+        """
+        caller.require("host.files")
+        path = check_repository(repository)
+        ids = [await self._id(path, ref) for ref in refs]
+        await self._context.services.backups(path)
+        return await self._task(caller, "backup.verify", path, ids)
+
+    async def remove(self, caller: Caller, repository: str, refs: Sequence[str]) -> Task:
+        """Removes backups; others stay whole, also those that were made after them.
+
+        Raises:
+            NotFoundError: there is no such repository or backup.
+        """
+        caller.require("vm.backup")
+        caller.require("host.files")
+        path = check_repository(repository)
+        return await self._task(
+            caller, "backup.remove", path, [await self._id(path, ref) for ref in refs]
+        )
+
+    async def prune(self, caller: Caller, request: PruneRequest) -> Pruned:
+        """Removes the backups that a rule does not keep; with ``dry_run`` only tells which.
+
+        Raises:
+            InvalidError: the rule would keep nothing.
+        """
+        caller.require("vm.backup")
+        caller.require("host.files")
+        path = check_repository(request.repository)
+        counts = (request.last, request.daily, request.weekly, request.monthly)
+        if min(counts) < 0 or not any(counts):
+            raise InvalidError(
+                "this would keep no backup at all", action="say what to keep, for instance --keep 7"
+            )
+        found = await self._context.services.backups(path)
+        gone: list[Backup] = []
+        for vm in sorted({backup.vm for backup in found.backups}):
+            own = [backup for backup in found.backups if backup.vm == vm]
+            if request.vm is not None and request.vm not in (vm, own[-1].name):
+                continue
+            stay = kept(
+                own,
+                last=request.last,
+                daily=request.daily,
+                weekly=request.weekly,
+                monthly=request.monthly,
+            )
+            gone += [backup for backup in own if backup.id not in stay]
+        if request.dry_run:
+            return Pruned(backups=tuple(backup.id for backup in gone))
+        ids = [backup.id for backup in gone]
+        task = await self._task(caller, "backup.remove", path, ids)
+        return Pruned(backups=tuple(ids), task=task)
+
+    async def _id(self, repository: str, ref: str) -> str:
+        return (await self._context.services.backup(repository, ref)).id
+
+    async def _task(self, caller: Caller, verb: str, repository: str, ids: Sequence[str]) -> Task:
+        subject = Ref(kind="repository", id=repository, name=repository)
+        task = new_task(
+            self._context, verb, subject, caller.name, repository=repository, backups=list(ids)
+        )
+        await self._context.store.transact(Transaction(puts=[Put(task)]))
+        return task
+
+
+def check_repository(path: str) -> str:
+    """Returns a repository's path, without what does not matter.
+
+    Raises:
+        InvalidError: it is not absolute.
+    """
+    if not path.startswith("/") or "\0" in path or len(path) > 1024:
+        raise InvalidError(
+            f"{path[:80]!r} names no directory of the daemon's host",
+            action="give a path that begins with /",
+        )
+    return str(PurePosixPath(path))

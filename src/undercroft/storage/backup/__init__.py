@@ -1,0 +1,1 @@
+"""Repositories of backups: chunks by their content, and manifests (docs/backup.md)."""
