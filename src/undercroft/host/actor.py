@@ -174,7 +174,9 @@ class VMActor:
             record = change_status(record, instance=instance)
             if record.status.state in (VMState.REMOVING, VMState.STOPPING, VMState.CREATING):
                 return record
-            return change_status(record, state=self.present_state(record), message=None)
+            state = self.present_state(record)
+            message = record.status.message if state is VMState.PAUSED else None
+            return change_status(record, state=state, message=message)
 
         await write(environment, VM, self.id, change)
 
@@ -322,6 +324,10 @@ class VMActor:
         """Has the guest agent of a machine that was taken quietly looked at from now on; ``later``:
         when others that are forked just now are there."""
         self._observer.look(later=later)
+
+    def guard(self) -> None:
+        """Sees to the room for the machine's disks, after one has come."""
+        self._observer.guard()
 
     def in_background(self, work: Coroutine[Any, Any, None]) -> None:
         """Does something for the machine that nobody waits for; it ends with the machine."""

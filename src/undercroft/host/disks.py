@@ -47,6 +47,7 @@ async def attach(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
         planned = await plan_disk(environment, volume, disk, disk.unit)
         async with _unless_it_ended(actor, vm):
             await machine.attach(planned)
+            actor.guard()
 
     def change(record: VM) -> VM:
         if any(known.volume == disk.volume for known in record.spec.disks):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import Coroutine
-from pathlib import Path
 from typing import Any
 
 import structlog
@@ -14,20 +12,16 @@ import structlog
 from undercroft.host.environment import Environment
 from undercroft.host.individuality import individual, make_individual
 from undercroft.host.outcome import change_status, write
+from undercroft.host.room import Room
 from undercroft.hypervisor.machine import MachineEvent, QemuMachine, RunState
-from undercroft.model.datastore import Datastore
 from undercroft.model.errors import UndercroftError
-from undercroft.model.event import EventLevel
-from undercroft.model.vm import VM, Identity, Power, VMState
-from undercroft.operations.context import new_event
+from undercroft.model.vm import VM, Identity, VMState
 
 log = structlog.get_logger(__name__)
 
 FIRST_LOOKS = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between looks while there is no address
 STEADY_LOOK = 30.0
 FORK_LOOK, FORK_LOOKS = 1.0, 30  # seconds, and how often at most others are waited for
-ROOM_NEEDED = 256 << 20  # bytes, or a tenth, that must be free before a VM goes on
-ROOM_LOOK = 5.0
 
 
 class Observer:
@@ -41,6 +35,8 @@ class Observer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._identified = False
         self._quiet = False
+        self._room = Room(environment, id)
+        self._guard: asyncio.Task[None] | None = None
 
     def watch(self, machine: QemuMachine, *, quietly: bool = False) -> None:
         """Begins to watch; ``quietly``: the guest agent only from `look` on."""
@@ -49,7 +45,13 @@ class Observer:
         self._quiet = quietly
         self._look_at_agent()
         if machine.run_state is RunState.IO_ERROR:  # it was so before we looked
-            self.spawn(self._go_on_when_there_is_room(machine))
+            self.spawn(self._room.go_on(machine, RunState.IO_ERROR))
+        self.guard()
+
+    def guard(self) -> None:
+        """Sees to it that there is room for what the machine's disks are written (`Room.guard`)."""
+        if self._machine is not None and (self._guard is None or self._guard.done()):
+            self._guard = self.spawn(self._room.guard(self._machine))
 
     def look(self, *, later: bool = False) -> None:
         """Begins to look at the guest agent; ``later``: not while guests are being forked, which
@@ -73,6 +75,7 @@ class Observer:
         for task in self._tasks:
             task.cancel()
         self._agent_task = None
+        self._guard = None
         self._machine = None
 
     def on_event(self, event: MachineEvent) -> None:
@@ -82,7 +85,7 @@ class Observer:
         if event.kind == "agent":
             self._look_at_agent()
         elif event.kind == "io-error":
-            self.spawn(self._io_error(event))
+            self.spawn(self._room.failed(self._machine, event))
         elif event.kind == "state":
             self.spawn(self._state(event.state))
 
@@ -160,86 +163,3 @@ class Observer:
             return change_status(vm, state=VMState.PAUSED, message="paused: disk error of the host")
 
         await write(self._environment, VM, self._id, change)
-
-    async def _io_error(self, event: MachineEvent) -> None:
-        machine = self._machine
-        full = bool(event.data.get("no_space"))
-        reason = await self._which_is_full() if full else "the host's disk failed"
-        now = self._environment.clock()
-
-        def change(vm: VM) -> VM:
-            if not vm.status.state.alive:
-                return vm
-            return change_status(vm, state=VMState.PAUSED, message=f"paused: {reason}")
-
-        await write(
-            self._environment,
-            VM,
-            self._id,
-            change,
-            lambda vm: [
-                new_event(
-                    now,
-                    "vm.io-error",
-                    vm,
-                    f"{vm.label} was paused, nothing is lost: {reason}",
-                    level=EventLevel.ERROR,
-                    data={"no_space": full},
-                )
-            ],
-        )
-        if full and machine is not None:
-            await self._go_on_when_there_is_room(machine)
-
-    async def _go_on_when_there_is_room(self, machine: QemuMachine) -> None:
-        while machine.run_state is RunState.IO_ERROR:
-            await asyncio.sleep(ROOM_LOOK)
-            if not all(map(_has_room, self._places(machine))):
-                continue
-            found = await self._environment.store.get(VM, self._id)
-            if found is None or found.record.spec.power is not Power.RUNNING:
-                return
-            await machine.resume()
-            await self._resumed()
-            return
-
-    def _places(self, machine: QemuMachine) -> set[Path]:
-        """The directories in which what the guest writes is kept."""
-        return {Path(disk.path).parent for disk in machine.plan.disks} or {self._environment.data}
-
-    async def _which_is_full(self) -> str:
-        full = set()
-        if self._machine is not None:
-            full = {str(path) for path in self._places(self._machine) if not _has_room(path)}
-        names = [
-            item.record.label
-            for item in (await self._environment.store.list(Datastore)).items
-            if item.record.spec.path in full
-        ]
-        return f"{' and '.join(sorted(names))} is full" if names else "the host's disk is full"
-
-    async def _resumed(self) -> None:
-        now = self._environment.clock()
-        await write(
-            self._environment,
-            VM,
-            self._id,
-            lambda vm: (
-                change_status(vm, state=VMState.RUNNING, message=None)
-                if vm.status.state is VMState.PAUSED
-                else vm
-            ),
-            lambda vm: [
-                new_event(now, "vm.resumed", vm, f"{vm.label} goes on: there is room again")
-            ],
-        )
-
-
-def _has_room(directory: Path) -> bool:
-    """Whether a guest can go on that has a disk there."""
-    try:
-        usage = os.statvfs(directory)
-    except OSError:
-        return False
-    needed = min(ROOM_NEEDED, usage.f_blocks * usage.f_frsize // 10)
-    return usage.f_bavail * usage.f_frsize >= needed

@@ -172,7 +172,16 @@ async def unplug(
                 "or stop the VM first",
             )
         await asyncio.sleep(_POLL)
-    await _drop_nodes(monitor, disk)
+    while True:
+        try:
+            await _drop_nodes(monitor, disk)
+        except QmpError as error:
+            # QEMU lets go of what a device had (NVMe) some time after the device itself.
+            if "in use" not in str(error) or asyncio.get_running_loop().time() > deadline:
+                raise
+            await asyncio.sleep(_POLL)
+        else:
+            return
 
 
 async def _ask_to_release(monitor: Monitor, id: str) -> None:

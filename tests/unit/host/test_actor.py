@@ -11,11 +11,12 @@ from tests.unit.host.acting import FORCE, ask_create, assert_nothing_left, block
 from tests.unit.host.rig import FakeMachine, Rig, refused
 from undercroft.host import outcome
 from undercroft.hypervisor.machine import MachineEvent, RunState
+from undercroft.hypervisor.plan import DiskFormat, PlanDisk
 from undercroft.model.errors import NoSpaceError, ProgramError, QmpError
 from undercroft.model.event import Event
 from undercroft.model.requests import StopRequest, VMChange
 from undercroft.model.task import TaskState
-from undercroft.model.vm import VM, Power, VMState
+from undercroft.model.vm import VM, DiskBus, Power, VMState
 from undercroft.operations.access import SYSTEM
 from undercroft.operations.context import new_task
 from undercroft.store.interface import Put, Transaction, update
@@ -299,8 +300,8 @@ async def test_a_full_disk_pauses_and_room_lets_it_go_on(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = await running(rig)
-    monkeypatch.setattr("undercroft.host.observer.ROOM_LOOK", 0.01)
-    monkeypatch.setattr("undercroft.host.observer.ROOM_NEEDED", 1 << 62)
+    monkeypatch.setattr("undercroft.host.room.LOOK", 0.01)
+    monkeypatch.setattr("undercroft.host.room.NEEDED", 1 << 62)
     machine.run_state = RunState.IO_ERROR
     assert machine.on_event is not None
     for kind, data in (("state", {}), ("io-error", {"no_space": True})):
@@ -308,7 +309,32 @@ async def test_a_full_disk_pauses_and_room_lets_it_go_on(
     vm = await rig.until("web1", lambda vm: "disk is full" in (vm.status.message or ""))
     assert vm.status.state is VMState.PAUSED
     assert machine.calls == []
-    monkeypatch.setattr("undercroft.host.observer.ROOM_NEEDED", 0)
+    monkeypatch.setattr("undercroft.host.room.NEEDED", 0)
+    vm = await rig.until("web1", lambda vm: vm.status.state is VMState.RUNNING)
+    assert vm.status.message is None
+    assert (await events(rig))[-2:] == ["vm.io-error", "vm.resumed"]
+
+
+async def test_a_guest_with_an_nvme_disk_waits_before_the_disk_is_full(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = await running(rig)
+    reserves = [1 << 40]
+    monkeypatch.setattr("undercroft.host.room.LOOK", 0.01)
+    monkeypatch.setattr("undercroft.host.room._reserves", lambda directories: reserves)
+    monkeypatch.setattr("undercroft.host.room._has_room", lambda directory: reserves[0] > 0)
+    guard = rig.actor(await rig.world.vm("web1")).guard
+    reserves[0] = 0
+    guard()
+    await asyncio.sleep(0.05)
+    assert machine.run_state is RunState.RUNNING  # QEMU sees to what disks it has
+    nvme = PlanDisk(path=str(rig.environment.data / "x"), format=DiskFormat.QCOW2, bus=DiskBus.NVME)
+    machine.plan = msgspec.structs.replace(machine.plan, disks=(*machine.plan.disks, nvme))
+    guard()
+    vm = await rig.until("web1", lambda vm: "disk is full" in (vm.status.message or ""))
+    assert vm.status.state is VMState.PAUSED
+    assert machine.calls[-1] == "pause"
+    reserves[0] = 1 << 40
     vm = await rig.until("web1", lambda vm: vm.status.state is VMState.RUNNING)
     assert vm.status.message is None
     assert (await events(rig))[-2:] == ["vm.io-error", "vm.resumed"]
