@@ -329,9 +329,9 @@ class VMActor:
         """Sees to the room for the machine's disks, after one has come."""
         self._observer.guard()
 
-    def in_background(self, work: Coroutine[Any, Any, None]) -> None:
-        """Does something for the machine that nobody waits for; it ends with the machine."""
-        self._observer.spawn(work)
+    def in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Does something for the machine beside everything else; it ends with the machine."""
+        return self._observer.spawn(work)
 
     def on_event(self, event: MachineEvent) -> None:
         """Called by the machine when something happens in it."""

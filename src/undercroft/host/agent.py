@@ -28,6 +28,7 @@ from undercroft.host.images import ImageWorker
 from undercroft.host.layers import collect_layers, rename_volumes
 from undercroft.host.outcome import final_status
 from undercroft.host.services import LocalHost
+from undercroft.host.snapshots import sweep_snapshots
 from undercroft.host.templates import remove_files, sweep_templates
 from undercroft.host.verbs import VM_VERBS
 from undercroft.host.volume_clone import collect_clones
@@ -97,6 +98,7 @@ class HostAgent:
         volumes = await self.environment.store.list(Volume)
         exports = await self.environment.store.list(Export)
         await self._end_ownerless_tasks(known)
+        await sweep_snapshots(self.environment)
         await sweep_templates(self.environment)
         await collect_clones(self.environment)
         await sweep_exports(self.environment)

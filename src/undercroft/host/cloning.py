@@ -16,11 +16,16 @@ import msgspec
 
 from undercroft.host.actor import VMActor
 from undercroft.host.attachments import sized
-from undercroft.host.datastores import layer_file
 from undercroft.host.environment import Environment
 from undercroft.host.identity import GuestFacts, Steps, admit, plan_steps, read_facts
 from undercroft.host.individuality import host_keys
-from undercroft.host.layers import get_layer, make_layer, new_layer, volume_status
+from undercroft.host.layers import (
+    collect_layers,
+    get_layer,
+    make_layer,
+    new_layer,
+    volume_status,
+)
 from undercroft.host.merging import flatten
 from undercroft.host.outcome import TaskRun
 from undercroft.host.planning import generation_id, make_seed, plan_disks, plan_ports, vm_uuid
@@ -73,26 +78,24 @@ async def _begin_on(environment: Environment, id: str, below: str, template: Tem
         gone = f"volume {id}" if found is None else template.label
         raise DataError(f"{gone} is gone", object=gone)
     volume = found.record
-    if volume.status.head:  # begun before: whatever has been written to it since does not count
-        head = volume.status.head
-        made = await layer_file(environment, await get_layer(environment, head))
-        await asyncio.to_thread(made.unlink, missing_ok=True)
-    else:
-        parent = await get_layer(environment, below)
-        size = max(volume.spec.size, parent.spec.size)
-        volume = sized(volume, size)  # its source may have grown since it was asked for
-        layer = new_layer(environment, size, parent=parent, datastore=volume.spec.datastore)
-        head = layer.meta.id
-        await environment.store.transact(
-            Transaction(
-                checks=[
-                    Check(Volume, id, found.revision),
-                    Check(Template, template.meta.id, held.revision),
-                ],
-                puts=[Put(layer), Put(volume_status(volume, head=head))],
-            )
+    parent = await get_layer(environment, below)
+    size = max(volume.spec.size, parent.spec.size)
+    volume = sized(volume, size)  # its source may have grown since it was asked for
+    # If it was begun before, by a daemon that died over that, it begins anew: what the layer has,
+    # and what it lies on by now, is not what it began with.
+    layer = new_layer(environment, size, parent=parent, datastore=volume.spec.datastore)
+    await environment.store.transact(
+        Transaction(
+            checks=[
+                Check(Volume, id, found.revision),
+                Check(Template, template.meta.id, held.revision),
+            ],
+            puts=[Put(layer), Put(volume_status(volume, head=layer.meta.id))],
         )
-    await make_layer(environment, head)
+    )
+    if volume.status.head:
+        await collect_layers(environment)
+    await make_layer(environment, layer.meta.id)
 
 
 async def fork(

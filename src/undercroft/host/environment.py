@@ -48,6 +48,8 @@ class Environment:
     layers_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while layers are found to be needed by nobody and removed, and while one is taken into
     use that was there before."""
+    held: set[str] = field(default_factory=set)
+    """Layers that are made before they are taken into use, and must not go until then."""
     templates: asyncio.Condition = field(default_factory=asyncio.Condition)
     """Notified when a template is finished or given up."""
     usage: Usage = field(default_factory=Usage)

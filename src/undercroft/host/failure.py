@@ -48,6 +48,11 @@ async def settle_failure(
         return
     if verb == "volume.attach":
         await not_attached(actor.environment, vm, run)
+    if (undo := actor.verbs.get(f"{verb}.undo")) is not None:
+        try:
+            await undo(actor, vm, run)
+        except Exception as fault:  # housekeeping will see to it
+            log.warning("undoing failed", task=run.id, vm=vm.meta.name, exc_info=fault)
     event = (f"{verb}.cancelled", f"{vm.label}: {verb} was cancelled", EventLevel.INFO)
     if error is not None:
         event = (f"{verb}.failed", f"{vm.label}: {error.message}", EventLevel.ERROR)

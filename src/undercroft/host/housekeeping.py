@@ -11,6 +11,7 @@ from undercroft.host.environment import Environment
 from undercroft.host.exports import sweep_exports
 from undercroft.host.fetching import downloads
 from undercroft.host.importing import sweep_uploads
+from undercroft.host.snapshots import collect_snapshots
 from undercroft.host.templates import collect_templates
 from undercroft.host.volume_clone import collect_clones
 from undercroft.model.errors import UndercroftError
@@ -53,6 +54,7 @@ async def tidy(environment: Environment) -> None:
     for start in range(0, len(old), BATCH):
         await store.transact(Transaction(deletes=old[start : start + BATCH]))
     await store.compact(KEEP_REVISIONS)
+    await collect_snapshots(environment)
     await collect_templates(environment)
     await collect_clones(environment)
     await sweep_exports(environment, environment.clock() - KEEP_EXPORTS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -70,6 +71,22 @@ async def chain(environment: Environment, head: str) -> list[Layer]:
     while (parent := layers[-1].spec.parent) is not None:
         layers.append(await get_layer(environment, parent))
     return layers
+
+
+async def check_chain(environment: Environment, head: str) -> None:
+    """Does nothing if the files of a layer and of all that lie beneath it are there.
+
+    Raises:
+        DataError: one is gone. UnavailableError: its datastore is not there.
+    """
+    for layer in await chain(environment, head):
+        path = await layer_file(environment, layer)
+        if not await asyncio.to_thread(path.exists):
+            raise DataError(
+                f"{path} is gone, which a disk lies on",
+                object=layer.label,
+                action="restore it from a backup; see what else is missing: croft host check",
+            )
 
 
 async def head_layer(environment: Environment, id: str) -> str:
@@ -237,6 +254,7 @@ class Uses:
         layers = [item.record for item in (await store.list(Layer)).items]
         uses = cls(layers, volumes, snapshots, templates)
         uses.frozen |= {layer.meta.id for layer in layers} - known
+        uses.frozen |= environment.held
         return uses
 
     def needed(self, id: str) -> bool:

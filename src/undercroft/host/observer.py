@@ -121,6 +121,8 @@ class Observer:
             addresses: tuple[str, ...] = ()
             answers = await machine.agent.ping(timeout=5.0)
             if answers:
+                if looks == 0:
+                    await self._thaw(machine)
                 await self._see_to_identity(machine)
                 with contextlib.suppress(UndercroftError):
                     addresses = await machine.agent.addresses()
@@ -131,6 +133,12 @@ class Observer:
             steady = bool(addresses) or looks >= len(FIRST_LOOKS)
             await asyncio.sleep(STEADY_LOOK if steady else FIRST_LOOKS[looks])
             looks += 1
+
+    async def _thaw(self, machine: QemuMachine) -> None:
+        """A guest whose file systems a daemon froze that died over that goes on."""
+        with contextlib.suppress(UndercroftError):
+            if machine.agent is not None and await machine.agent.thaw_forgotten():
+                log.warning("thawed a guest that was left frozen", vm=machine.name)
 
     async def _see_to_identity(self, machine: QemuMachine) -> None:
         """A clone that has booted for the first time becomes somebody. (One that was forked is seen

@@ -6,6 +6,7 @@ Each outcome is one transaction, so that a crash leaves either all of it or none
 from __future__ import annotations
 
 import asyncio
+import errno
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ import structlog
 from undercroft.host.environment import Environment
 from undercroft.model.base import Record
 from undercroft.model.errors import (
+    DataError,
     NoSpaceError,
     Problem,
     StaleError,
@@ -150,7 +152,16 @@ class TaskRun:
 
 
 def unexpected(error: Exception, record: Record) -> UndercroftError:
-    """A fault of our own, as an error that can be told."""
+    """What no code of ours foresaw, as an error that can be told."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpaceError(
+            f"the disk that holds {error.filename or 'the data directory'} is full",
+            object=record.label,
+            action="make room (croft image rm, croft rm), then try again",
+        )
+    if isinstance(error, OSError) and error.strerror:
+        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        return DataError(what, object=record.label)
     return UndercroftError(
         f"{type(error).__name__}: {error}",
         object=record.label,

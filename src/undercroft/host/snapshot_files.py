@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from undercroft.host.environment import Environment
@@ -13,6 +14,7 @@ from undercroft.model.errors import DataError
 from undercroft.model.snapshot import Snapshot
 from undercroft.storage.files import sync_directory
 
+ATTEMPTS = 10
 _BESIDES = ("nvram.fd", "tpm")  # what of a VM's directory belongs to its state
 
 
@@ -37,6 +39,28 @@ def copy_state(environment: Environment, snapshot: Snapshot) -> None:
     sync_directory(target.parent)
 
 
+def check_state(environment: Environment, snapshot: Snapshot) -> None:
+    """Does nothing if what belongs to a snapshot besides its disks is there.
+
+    Raises:
+        DataError: it is gone.
+    """
+    directory = environment.snapshot_directory(snapshot)
+    if not directory.is_dir() or (snapshot.status.memory and not memory_size(directory)):
+        raise DataError(
+            f"what belongs to snapshot {snapshot.meta.name} besides its disks is gone",
+            object=snapshot.label,
+            action="restore it from a backup, or forget the snapshot",
+        )
+
+
+def remove_strays(vms: Path, known: Collection[str]) -> None:
+    """Removes what belonged to snapshots (ids) that are not ``known``, of all VMs."""
+    for path in vms.glob("*/snapshots/*"):
+        if path.name not in known:
+            remove_tree(path)
+
+
 def copy_besides(source: Path, target: Path) -> None:
     """Copies firmware variables and the TPM's state."""
     target.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -52,11 +76,7 @@ def restore_state(environment: Environment, snapshot: Snapshot) -> None:
     """
     target = environment.vm_directory(snapshot.spec.vm)
     source = environment.snapshot_directory(snapshot)
-    if not source.is_dir():
-        raise DataError(
-            f"what belongs to snapshot {snapshot.meta.name} besides its disks is gone",
-            object=snapshot.label,
-        )
+    check_state(environment, snapshot)
     for name in _BESIDES:
         remove_tree(target / name)
     _copy(source, target)
@@ -68,9 +88,34 @@ def _copy(source: Path, target: Path) -> None:
         path = source / name
         remove_tree(target / name)
         if path.is_dir():
-            shutil.copytree(path, target / name, symlinks=True)
-            status = path.stat()
-            for copied in (target / name, *(target / name).iterdir()):
-                os.chown(copied, status.st_uid, status.st_gid, follow_symlinks=False)
+            _copy_directory(path, target / name)
         elif path.exists():
             shutil.copy2(path, target / name)
+            _sync(target / name)
+
+
+def _copy_directory(source: Path, target: Path) -> None:
+    """Copies a TPM's state, which swtpm may be changing: each of its files is replaced by another
+    that is whole, so one may go in the middle of this."""
+    for _ in range(ATTEMPTS):
+        target.mkdir(mode=0o700)
+        try:
+            for path in source.iterdir():
+                shutil.copy2(path, target / path.name, follow_symlinks=False)
+        except FileNotFoundError:
+            remove_tree(target)
+            continue
+        break
+    status = source.stat()
+    for copied in (target, *target.iterdir()):
+        os.chown(copied, status.st_uid, status.st_gid, follow_symlinks=False)
+        if not copied.is_symlink():
+            _sync(copied)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

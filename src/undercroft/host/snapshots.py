@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import Coroutine
 from functools import partial
+from typing import Any
 
 import msgspec
 import structlog
 
-from undercroft.host import power
 from undercroft.host.actor import Outcome, VMActor
-from undercroft.host.attachments import sized
 from undercroft.host.environment import Environment
 from undercroft.host.files import remove_tree
 from undercroft.host.imaging import reported
@@ -34,18 +33,18 @@ from undercroft.host.marks import marks_of
 from undercroft.host.merging import merge_layers
 from undercroft.host.outcome import TaskRun, change_status, write
 from undercroft.host.planning import plan_disks
-from undercroft.host.snapshot_files import copy_state, memory_size, restore_state
+from undercroft.host.quiescing import quiescent, thaw_at_last
+from undercroft.host.snapshot_files import copy_state, memory_size, remove_strays
 from undercroft.hypervisor.machine import QemuMachine, RunState
-from undercroft.hypervisor.suspend import discard_state, link_state
 from undercroft.model.base import Meta
 from undercroft.model.checks import check_can_be_saved
 from undercroft.model.errors import (
     AlreadyExistsError,
     DataError,
-    GuestAgentError,
     QmpError,
     TimeLimitError,
     UndercroftError,
+    WrongStateError,
 )
 from undercroft.model.layer import Layer
 from undercroft.model.snapshot import (
@@ -55,7 +54,8 @@ from undercroft.model.snapshot import (
     SnapshotState,
     SnapshotStatus,
 )
-from undercroft.model.vm import VM, Power, VMState
+from undercroft.model.task import Task
+from undercroft.model.vm import VM
 from undercroft.model.volume import Volume
 from undercroft.operations.context import snapshot_scope
 from undercroft.operations.snapshots import already_taken
@@ -70,7 +70,6 @@ END_PATIENCE = 5.0  # seconds for a QEMU whose monitor is gone to end
 async def take(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
     """Takes a snapshot. The guest goes on meanwhile, unless its memory belongs to it: then it
     stands still until that is saved."""
-    await run.commit()
     done = await taken(actor, vm, run)
 
     def change(record: VM) -> VM:
@@ -89,36 +88,37 @@ async def take(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
 
 
 async def taken(actor: VMActor, vm: VM, run: TaskRun) -> Snapshot:
-    """Takes the snapshot that a task's arguments describe; how it is to be written down.
+    """Takes the snapshot that a task's arguments describe; how it is to be written down. May be
+    cut off and repeated, or undone (`undo`).
 
     Raises:
-        UndercroftError: it did not work. Nothing of it is left.
+        UndercroftError, OSError: it did not work.
     """
     environment = actor.environment
     machine = actor.machine
     if machine is not None and run.arguments["spec"].get("memory"):
         check_can_be_saved(vm)
     snapshot = await _begin(actor, vm, run)
+    if machine is not None and await _missed(environment, vm, snapshot, machine):
+        snapshot = await _renewed(environment, snapshot)
+    switched = await _switched(environment, snapshot)
     going = machine is not None and snapshot.status.running
     marks = await marks_of(environment, vm.meta.id)
     if "checkpoint" in run.arguments:
         marks.append(str(run.arguments["checkpoint"]))
+    quiet = machine if snapshot.spec.quiesce and not switched else None
     try:
         for disk in snapshot.status.disks:
             if disk.next != disk.layer:
                 await make_layer(environment, disk.next, marks=marks)
         if machine is not None and snapshot.spec.memory and machine.run_state is RunState.RUNNING:
             await machine.pause()
-        await in_thread(lambda _: copy_state(environment, snapshot))
-        async with _quiet(machine if snapshot.spec.quiesce else None):
-            await _switch(environment, snapshot, forward=True)
-            if machine is not None:
-                await _branch(actor, vm, snapshot, machine)
+        if not switched:
+            await in_thread(lambda _: copy_state(environment, snapshot))
+        async with quiescent(actor, quiet):
+            await _to_its_end(_switch_and_branch(actor, vm, snapshot, machine))
         if snapshot.spec.memory and snapshot.status.alive:
             await _save_memory(environment, run, snapshot, machine)
-    except UndercroftError:
-        await forget(environment, snapshot)
-        raise
     finally:
         if going and machine is not None and machine.run_state is RunState.PAUSED:
             with contextlib.suppress(QmpError, TimeLimitError):
@@ -131,6 +131,57 @@ async def taken(actor: VMActor, vm: VM, run: TaskRun) -> Snapshot:
         quiesced=snapshot.spec.quiesce and machine is not None,
     )
     return msgspec.structs.replace(snapshot, status=status)
+
+
+async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Does something that is not to be left half done, also if it is cancelled meanwhile."""
+    doing = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(doing)
+    except asyncio.CancelledError:
+        await asyncio.wait({doing})
+        if not doing.cancelled():
+            doing.exception()  # seen
+        raise
+
+
+async def _switched(environment: Environment, snapshot: Snapshot) -> bool:
+    """Whether it is written down that the volumes write to the new layers."""
+    heads = [await head_layer(environment, disk.volume) for disk in snapshot.status.disks]
+    return bool(heads) and heads == [disk.next for disk in snapshot.status.disks]
+
+
+async def _missed(
+    environment: Environment, vm: VM, snapshot: Snapshot, machine: QemuMachine
+) -> bool:
+    """Whether the guest went on (as the daemon ended) after its disks had branched off, but before
+    its memory was saved: then the one does not go with the other any more."""
+    if not snapshot.spec.memory or machine.run_state is RunState.PAUSED:
+        return False
+    if (environment.snapshot_directory(snapshot) / "memory").exists():
+        return False
+    if not await _switched(environment, snapshot):
+        return False
+    return await machine.branched(await plan_disks(environment, vm))
+
+
+async def _renewed(environment: Environment, snapshot: Snapshot) -> Snapshot:
+    """The snapshot with one layer more for each disk, to branch off once more."""
+    disks: list[SnapshotDisk] = []
+    layers: list[Layer] = []
+    for disk in snapshot.status.disks:
+        if disk.next == disk.layer:
+            disks.append(disk)
+            continue
+        below = await get_layer(environment, disk.next)
+        layers.append(new_layer(environment, below.spec.size, parent=below))
+        disks.append(SnapshotDisk(volume=disk.volume, layer=disk.next, next=layers[-1].meta.id))
+    status = msgspec.structs.replace(snapshot.status, disks=tuple(disks))
+    snapshot = msgspec.structs.replace(snapshot, status=status)
+    await environment.store.transact(
+        Transaction(puts=[Put(snapshot), *(Put(layer) for layer in layers)])
+    )
+    return snapshot
 
 
 async def _begin(actor: VMActor, vm: VM, run: TaskRun) -> Snapshot:
@@ -197,29 +248,12 @@ async def _save_memory(
         await machine.save_memory(path, lambda fraction: report(fraction, "saving the memory"))
 
 
-@contextlib.asynccontextmanager
-async def _quiet(machine: QemuMachine | None) -> AsyncIterator[None]:
-    """Has the guest bring its file systems in order and leave them alone inside the block.
-
-    Raises:
-        GuestAgentError: its agent does not.
-    """
-    if machine is None:
-        yield
-        return
-    agent = machine.agent
-    if agent is None or machine.run_state is not RunState.RUNNING:
-        raise GuestAgentError(
-            f"no guest agent can bring the file systems of vm {machine.name} in order",
-            object=f"vm {machine.name}",
-            action="leave --quiesce out, or start the guest agent in the guest",
-        )
-    try:
-        await agent.freeze()
-        yield
-    finally:
-        with contextlib.suppress(UndercroftError):
-            await agent.thaw()
+async def _switch_and_branch(
+    actor: VMActor, vm: VM, snapshot: Snapshot, machine: QemuMachine | None
+) -> None:
+    await _switch(actor.environment, snapshot, forward=True)
+    if machine is not None:
+        await _branch(actor, vm, snapshot, machine)
 
 
 async def _switch(environment: Environment, snapshot: Snapshot, *, forward: bool) -> None:
@@ -255,6 +289,23 @@ async def _branch(actor: VMActor, vm: VM, snapshot: Snapshot, machine: QemuMachi
         raise
 
 
+async def undo(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
+    """Undoes what a task that failed or was cancelled has done of a snapshot; the VM goes on as it
+    was, with its disks as they are."""
+    found = await actor.environment.store.get(Snapshot, str(run.arguments.get("snapshot")))
+    if found is not None and found.record.status.state is SnapshotState.PENDING:
+        snapshot, machine = found.record, actor.machine
+        if machine is not None:
+            if snapshot.spec.quiesce:
+                thaw_at_last(actor, machine)
+            if snapshot.spec.memory and snapshot.status.running:
+                with contextlib.suppress(QmpError, TimeLimitError, WrongStateError):
+                    await machine.stop_saving()
+                    await machine.resume()
+        await forget(actor.environment, snapshot)
+    return Outcome(lambda record: record)
+
+
 async def forget(environment: Environment, snapshot: Snapshot) -> None:
     """Removes a snapshot that was not finished, or was only passing."""
     name = Release(snapshot_scope(snapshot.spec.vm), snapshot.meta.name, snapshot.meta.id)
@@ -268,78 +319,28 @@ async def forget(environment: Environment, snapshot: Snapshot) -> None:
     await collect_layers(environment)
 
 
-# -- going back -----------------------------------------------------------------------------
-
-
-async def revert(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
-    """Makes the VM what it was; what it has become since is lost unless a snapshot has it."""
-    environment = actor.environment
-    snapshot = await _get(environment, str(run.arguments["snapshot"]))
-    await run.commit()
-    if actor.machine is not None:
-        await run.progress(None, "switching it off")
-        await actor.machine.quit()
-        await actor.exited(None)
-        actor.release()
-    saved = environment.suspended_path(vm.meta.id)
-    await in_thread(lambda _: discard_state(saved))
-    await write(
-        environment,
-        VM,
-        vm.meta.id,
-        lambda v: change_status(v, state=VMState.STOPPED, instance=None),
-    )
-    for disk in snapshot.status.disks:
-        await _go_back(environment, disk)
-    await collect_layers(environment)
-    await in_thread(lambda _: restore_state(environment, snapshot))
-    memory = environment.snapshot_directory(snapshot) / "memory"
-    if snapshot.status.memory:
-        await in_thread(lambda _: link_state(memory, saved))
-
-    def change(record: VM) -> VM:
-        state = VMState.SUSPENDED if snapshot.status.memory else VMState.STOPPED
-        return change_status(
-            record,
-            state=state,
-            instance=None,
-            addresses=(),
-            agent=None,
-            message=None,
-            snapshot=snapshot.meta.id,
-        )
-
-    reverted = await write(environment, VM, vm.meta.id, change)
-    outcome = Outcome(lambda record: record)
-    if reverted is not None and reverted.spec.power is Power.RUNNING:
-        outcome = await power.start(actor, reverted, run)
-    outcome.event = "snapshot.reverted"
-    outcome.message = f"{vm.label} went back to snapshot {snapshot.meta.name}"
-    return outcome
-
-
-async def _get(environment: Environment, id: str) -> Snapshot:
-    found = await environment.store.get(Snapshot, id)
-    if found is None:
-        raise DataError(f"snapshot {id} is gone", object=f"snapshot {id}")
-    return found.record
-
-
-async def _go_back(environment: Environment, disk: SnapshotDisk) -> None:
-    """Gives a volume a new, empty layer over what the snapshot has of it."""
-    if disk.next == disk.layer:  # it is never written to
+async def collect_snapshots(environment: Environment) -> None:
+    """Removes snapshots that nobody will finish: those whose task is over all the same."""
+    # In this order: a task is there before the snapshot that it takes.
+    snapshots = [item.record for item in (await environment.store.list(Snapshot)).items]
+    pending = [one for one in snapshots if one.status.state is SnapshotState.PENDING]
+    if not pending:
         return
-    old = await get_layer(environment, disk.layer)
-    layer = new_layer(environment, old.spec.size, parent=old)
-    async with environment.layers_lock:  # nobody must find it without use
-        await environment.store.transact(Transaction(puts=[Put(layer)]))
-        await make_layer(environment, layer.meta.id)
-        await update(
-            environment.store,
-            Volume,
-            disk.volume,
-            lambda volume: sized(volume_status(volume, head=layer.meta.id), layer.spec.size),
-        )
+    wanted = {
+        str(item.record.spec.arguments.get("snapshot"))
+        for item in (await environment.store.list(Task)).items
+        if not item.record.status.state.final
+    }
+    for snapshot in pending:
+        if snapshot.meta.id not in wanted:
+            await forget(environment, snapshot)
+
+
+async def sweep_snapshots(environment: Environment) -> None:
+    """Removes what a crash left of snapshots. For the agent, at its start."""
+    await collect_snapshots(environment)
+    known = {item.record.meta.id for item in (await environment.store.list(Snapshot)).items}
+    await in_thread(lambda _: remove_strays(environment.data / "vms", known))
 
 
 # -- forgetting -----------------------------------------------------------------------------

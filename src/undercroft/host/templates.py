@@ -20,9 +20,10 @@ from undercroft.host.layers import collect_layers, get_layer
 from undercroft.host.outcome import TaskRun, change_status
 from undercroft.host.snapshot_files import copy_besides
 from undercroft.host.snapshots import forget, taken
+from undercroft.host.snapshots import undo as undo_snapshot
 from undercroft.hypervisor.fork import freeze, frozen, frozen_size
 from undercroft.hypervisor.machine import RunState
-from undercroft.model.errors import DataError, UndercroftError, UnsupportedError
+from undercroft.model.errors import DataError, UnsupportedError
 from undercroft.model.snapshot import Snapshot
 from undercroft.model.task import Task
 from undercroft.model.template import Template, TemplateDisk, TemplateState, TemplateStatus
@@ -41,21 +42,17 @@ PATIENCE = 2.0  # seconds after which somebody who waits for a template looks by
 async def create(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
     """Makes a template of what the VM is now; it stays what it is."""
     environment = actor.environment
-    await run.commit()
     id = str(run.arguments["template"])
     found = await environment.store.get(Template, id)
     if found is None:
         raise DataError(f"template {id} is gone", object=f"template {id}")
     template = found.record
     if template.status.state is not TemplateState.READY:
-        try:
-            template = await _made(actor, vm, run, template)
-        except (UndercroftError, OSError) as error:
-            await remove_template(environment, template)
-            if isinstance(error, OSError):
-                what = f"{error.filename}: {error.strerror}"
-                raise DataError(what, object=template.label) from error
-            raise
+        template = await _made(actor, vm, run, template)
+    # The layers are the template's before they cease to be the snapshot's.
+    kept = await environment.store.get(Snapshot, str(run.arguments["snapshot"]))
+    if kept is not None:
+        await forget(environment, kept.record)
     await notify(environment)
 
     def change(record: VM) -> VM:
@@ -85,6 +82,7 @@ async def _made(actor: VMActor, vm: VM, run: TaskRun, template: Template) -> Tem
     agent = agent and bool(actor.machine and actor.machine.agent.channel.present)  # type: ignore[union-attr]
     directory = environment.template_directory(template.meta.id)
     snapshot = await _snapshot(actor, vm, run, template, directory)
+    await run.commit()  # the VM is not needed any more for what follows
     disks = await _disks(environment, vm, snapshot)
     source = environment.snapshot_directory(snapshot)
     await in_thread(lambda _: copy_besides(source, directory))
@@ -107,9 +105,7 @@ async def _made(actor: VMActor, vm: VM, run: TaskRun, template: Template) -> Tem
         agent=agent,
     )
     ready = msgspec.structs.replace(template, status=status)
-    # The layers are the template's before they cease to be the snapshot's.
     await environment.store.transact(Transaction(puts=[Put(ready)]))
-    await forget(environment, snapshot)
     return ready
 
 
@@ -127,6 +123,15 @@ async def _snapshot(
         return await taken(actor, vm, run)
     finally:
         await leave(machine, facts)
+
+
+async def undo(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
+    """Undoes what a task that failed or was cancelled has done of a template."""
+    environment = actor.environment
+    found = await environment.store.get(Template, str(run.arguments["template"]))
+    if found is not None and found.record.status.state is not TemplateState.READY:
+        await remove_template(environment, found.record)
+    return await undo_snapshot(actor, vm, run)
 
 
 async def _disks(environment: Environment, vm: VM, snapshot: Snapshot) -> tuple[TemplateDisk, ...]:
@@ -169,6 +174,12 @@ async def _raise_reason(environment: Environment, id: str, task: str | None) -> 
     problem = making.record.status.error if making is not None else None
     if problem is not None:
         raise DataError(problem.detail, object=problem.object, action=problem.action)
+    if making is not None:
+        source = making.record.spec.object
+        raise DataError(
+            f"{source.kind} {source.name} was not frozen: that was cancelled",
+            object=f"{source.kind} {source.name}",
+        )
     raise DataError(f"template {id} is gone", object=f"template {id}")
 
 

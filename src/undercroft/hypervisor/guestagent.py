@@ -24,7 +24,7 @@ from undercroft.model.requests import ExecResult
 __all__ = ["GuestAgent"]
 
 _TIMEOUT = 10.0
-_FREEZE_TIMEOUT = 120.0
+_FREEZE_TIMEOUT, _THAW_TIMEOUT = 60.0, 30.0
 _CHUNK = 128 << 10
 # qemu-ga keeps 16 MiB of each output stream, and sends them in base64.
 _LARGEST_OUTPUT = 48 << 20
@@ -95,6 +95,7 @@ class GuestAgent:
     def __init__(self, name: str, path: Path) -> None:
         """For VM ``name``, through the socket at ``path``."""
         self.channel = AgentChannel(f"vm {name}", path)
+        self._freezing = False
         self.traffic = (0, 0)
         """Bytes received and sent by the guest, as of the last `addresses`."""
 
@@ -278,11 +279,25 @@ class GuestAgent:
 
     async def freeze(self) -> int:
         """Freezes file systems; how many. To be followed by `thaw`, and soon."""
+        self._freezing = True
         return await self._call("guest-fsfreeze-freeze", None, int, timeout=_FREEZE_TIMEOUT)
 
     async def thaw(self) -> int:
         """Thaws them; how many."""
-        return await self._call("guest-fsfreeze-thaw", None, int, timeout=_FREEZE_TIMEOUT)
+        thawed = await self._call("guest-fsfreeze-thaw", None, int, timeout=_THAW_TIMEOUT)
+        self._freezing = False
+        return thawed
+
+    async def frozen(self) -> bool:
+        """Whether they are frozen."""
+        return await self._call("guest-fsfreeze-status", None, str) == "frozen"
+
+    async def thaw_forgotten(self) -> bool:
+        """Thaws what an earlier daemon left frozen; whether there was any."""
+        if self._freezing or not await self.frozen() or self._freezing:
+            return False
+        await self.thaw()
+        return True
 
     async def close(self) -> None:
         """Hangs up."""

@@ -51,6 +51,7 @@ from undercroft.hypervisor.suspend import (
     load_state,
     save_devices,
     save_state,
+    stop_saving,
     suspended_plan,
 )
 from undercroft.model.errors import (
@@ -425,6 +426,15 @@ class QemuMachine(MachineSession):
         finally:
             if self.run_state is RunState.SUSPENDING:
                 self._set_state(before)
+
+    @needs(*_STOPPED)
+    async def stop_saving(self) -> None:
+        """Has QEMU give up what a `save_memory` began that nobody follows any more.
+
+        Raises:
+            QmpError, TimeLimitError: it does not.
+        """
+        await stop_saving(self._monitor)
 
     @needs(RunState.PAUSED)
     async def save_devices(self, path: Path) -> None:

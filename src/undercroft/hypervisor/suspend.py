@@ -24,6 +24,7 @@ __all__ = [
     "load_state",
     "save_devices",
     "save_state",
+    "stop_saving",
     "suspended_plan",
 ]
 
@@ -214,6 +215,16 @@ async def _cancel(monitor: Monitor) -> None:
         if status not in _UNDER_WAY:
             return
         await asyncio.sleep(_POLL)
+
+
+async def stop_saving(monitor: Monitor) -> None:
+    """Has QEMU give up writing a state that a daemon that died had asked it for.
+
+    Raises:
+        QmpError, TimeLimitError: it does not.
+    """
+    if (await monitor.execute("query-migrate")).get("status") in _UNDER_WAY:
+        await _cancel(monitor)
 
 
 async def _follow(monitor: Monitor, verb: str, progress: Callable[[float], None] | None) -> None:

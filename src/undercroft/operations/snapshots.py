@@ -23,7 +23,7 @@ from undercroft.operations.context import (
     find,
     snapshot_scope,
 )
-from undercroft.operations.snapshot_disks import disks_then
+from undercroft.operations.snapshot_disks import lost_volumes
 from undercroft.operations.volume_use import check_settled
 from undercroft.store.interface import Listing, Versioned
 
@@ -130,18 +130,18 @@ class SnapshotOperations:
                 )
             await check_settled(self._context, vm)
             goes_on = request.start or (found.status.memory > 0 and found.status.running)
-            disks = await disks_then(self._context, vm, found, volumes)
+            volumes += await lost_volumes(self._context, vm, found)
             wanted = msgspec.structs.replace(
                 vm,
                 spec=msgspec.structs.replace(
-                    vm.spec,
-                    disks=disks,
-                    power=Power.RUNNING if goes_on else Power.STOPPED,
-                    **_shape(found.status.shape),
+                    vm.spec, power=Power.RUNNING if goes_on else Power.STOPPED
                 ),
-                meta=msgspec.structs.replace(vm.meta, generation=vm.meta.generation + 1),
             )
-            return wanted, {"snapshot": found.meta.id, "name": found.meta.name}
+            return wanted, {
+                "snapshot": found.meta.id,
+                "name": found.meta.name,
+                "volumes": [volume.record.meta.id for volume in volumes],
+            }
 
         return await ask(self._context, caller, ref, "snapshot.revert", prepare)
 
@@ -194,5 +194,6 @@ class SnapshotOperations:
         return f"snap{number}"
 
 
-def _shape(spec: VMSpec | None) -> dict[str, object]:
+def shape(spec: VMSpec | None) -> dict[str, object]:
+    """What of its shape a VM takes on that goes back to a snapshot with this one."""
     return {} if spec is None else {name: getattr(spec, name) for name in SHAPE}

@@ -20,7 +20,9 @@ from undercroft.host.environment import Environment
 from undercroft.host.layers import chain, plan_layers
 from undercroft.host.registration import register
 from undercroft.model.errors import UndercroftError
+from undercroft.model.snapshot import Snapshot, SnapshotState
 from undercroft.model.task import Task
+from undercroft.model.template import Template
 from undercroft.model.vm import VM
 from undercroft.model.volume import Volume
 from undercroft.operations.access import SYSTEM
@@ -178,8 +180,9 @@ class World:
                 await self.operations.tasks.wait(SYSTEM, task.meta.id, LEASH)
         return [task.meta.id for task in tasks if isinstance(task, Task)]
 
-    async def peace(self) -> dict[str, tuple[str, str, str, str]]:
-        """Waits until nothing is under way; each task's verb, object, state and error."""
+    async def peace(self) -> dict[str, tuple[str, str, str, str, dict[str, Any]]]:
+        """Waits until nothing is under way; each task's verb, object, state, error and arguments,
+        oldest first."""
         store = self.environment.store
         while True:
             vms = [item.record for item in (await store.list(VM)).items]
@@ -193,8 +196,9 @@ class World:
                 task.spec.object.name,
                 task.status.state.value,
                 task.status.error.detail if task.status.error is not None else "",
+                task.spec.arguments,
             )
-            for task in tasks
+            for task in sorted(tasks, key=lambda task: task.meta.created)
         }
 
     async def states(self) -> dict[str, str]:
@@ -202,18 +206,33 @@ class World:
         vms = [item.record for item in (await self.environment.store.list(VM)).items]
         return {vm.meta.name: vm.status.state.value for vm in vms}
 
-    async def snapshots(self) -> set[tuple[str, str]]:
-        """All snapshots, by the names of VM and snapshot."""
-        found = set()
-        for name in await self.states():
-            for item in (await self.operations.snapshots.list(SYSTEM, name)).items:
-                found.add((name, item.record.meta.name))
-        return found
+    async def ids(self) -> dict[str, str]:
+        """The id of each VM."""
+        vms = [item.record for item in (await self.environment.store.list(VM)).items]
+        return {vm.meta.name: vm.meta.id for vm in vms}
 
-    async def templates(self) -> set[str]:
-        """All templates, by name."""
-        listing = await self.operations.templates.list(SYSTEM)
-        return {item.record.meta.name for item in listing.items}
+    async def stopped(self, name: str) -> None:
+        """Waits until a VM does not run."""
+        while (await self.operations.vms.get(SYSTEM, name)).record.status.instance is not None:
+            await asyncio.sleep(0.01)
+
+    async def frozen(self) -> tuple[dict[tuple[str, str], str], dict[str, str]]:
+        """All snapshots, by the names of VM and snapshot, and all templates, by id: the layer that
+        the first disk of each has."""
+        names = {id: name for name, id in (await self.ids()).items()}
+        store = self.environment.store
+        while True:
+            templates = [item.record for item in (await store.list(Template)).items]
+            if not any(one.spec.passing for one in templates):
+                break
+            await asyncio.sleep(0.02)
+        snapshots = [item.record for item in (await store.list(Snapshot)).items]
+        assert all(one.status.state is SnapshotState.READY for one in snapshots), snapshots
+        assert not any(one.spec.passing for one in snapshots), snapshots
+        return (
+            {(names[s.spec.vm], s.meta.name): s.status.disks[0].layer for s in snapshots},
+            {t.meta.id: t.status.disks[0].layer for t in templates},
+        )
 
     async def findings(self) -> list[str]:
         """What is not in order."""
@@ -225,18 +244,23 @@ class World:
         vm = (await self.operations.vms.get(SYSTEM, name)).record
         machine = self.agent.machine(vm.meta.id)
         if machine is None:
-            await self._outside(name, commands)
+            await self._outside(await self._head(vm), commands, False)
             return
         for text in commands:
             await hmp(machine._monitor.execute, text)
 
-    async def read(self, name: str, places: list[int], length: int) -> list[int]:
-        """The byte that each of these places holds, all ``length`` bytes of it; -1: not so."""
-        vm = (await self.operations.vms.get(SYSTEM, name)).record
-        machine = self.agent.machine(vm.meta.id)
-        if machine is not None:
-            await hmp(machine._monitor.execute, "flush")
-        dumped = await self._outside(name, [f"read -v {place} {length}" for place in places])
+    async def read(self, what: str, name: str, places: list[int], length: int) -> list[int]:
+        """The byte that each of these places holds, all ``length`` bytes of it; -1: not so.
+        ``what``: ``head``, of the disk of a VM, or ``layer``, which is no head."""
+        layer, share = name, True
+        if what == "head":
+            vm = (await self.operations.vms.get(SYSTEM, name)).record
+            machine = self.agent.machine(vm.meta.id)
+            layer, share = await self._head(vm), machine is not None
+            if machine is not None:
+                await hmp(machine._monitor.execute, "flush")
+        commands = [f"read -v {place} {length}" for place in places]
+        dumped = await self._outside(layer, commands, share)
         found: list[int] = []
         for part in dumped.split("ops; ")[:-1]:
             bytes_ = {
@@ -249,15 +273,15 @@ class World:
         assert len(found) == len(places), dumped
         return found
 
-    async def _outside(self, name: str, commands: list[str]) -> str:
-        vm = (await self.operations.vms.get(SYSTEM, name)).record
+    async def _head(self, vm: VM) -> str:
         volume = await self.environment.store.get(Volume, vm.spec.disks[0].volume)
         assert volume is not None
-        layers = await plan_layers(self.environment, volume.record.status.head, 0)
+        return volume.record.status.head
+
+    async def _outside(self, layer: str, commands: list[str], share: bool) -> str:
         node: dict[str, Any] | None = None
-        share = self.agent.machine(vm.meta.id) is not None
-        for layer in reversed(layers):
-            file = {"driver": "file", "filename": layer.path}
+        for one in reversed(await plan_layers(self.environment, layer, 0)):
+            file = {"driver": "file", "filename": one.path}
             node = {"driver": "qcow2", "file": file, "backing": node, "force-share": share}
         command = ["qemu-io", *(["-r"] if share else [])]
         command += [part for text in commands for part in ("-c", text)]
@@ -266,9 +290,7 @@ class World:
     async def depth(self, name: str) -> int:
         """Of how many layers the disk of a VM consists."""
         vm = (await self.operations.vms.get(SYSTEM, name)).record
-        volume = await self.environment.store.get(Volume, vm.spec.disks[0].volume)
-        assert volume is not None
-        return len(await chain(self.environment, volume.record.status.head))
+        return len(await chain(self.environment, await self._head(vm)))
 
 
 async def hmp(execute: Callable[..., Coroutine[Any, Any, Any]], command: str) -> None:

@@ -58,9 +58,9 @@ def test_qemu_killed_right_after_a_merge(daemon: Incarnation, data: Path) -> Non
     for name in ("s1", "s2"):  # into a layer that is read only, then into the top
         daemon.ask("do", "snapshots.remove", "a", name)
     kill_emulators(data)
-    daemon.ask("peace")
+    daemon.ask("stopped", "a")
     assert daemon.ask("depth", "a") == 1
-    assert daemon.ask("read", "a", PLACES, 4096) == [7, 8, 7, 9, 0]
+    assert daemon.ask("read", "head", "a", PLACES, 4096) == [7, 8, 7, 9, 0]
     assert daemon.ask("findings") == []
 
 
@@ -73,7 +73,7 @@ def test_layers_of_a_vm_that_is_off(daemon: Incarnation) -> None:
     for name in ("s1", "s2"):
         daemon.ask("do", "snapshots.remove", "a", name)
     assert daemon.ask("depth", "a") == 1
-    assert daemon.ask("read", "a", PLACES, 4096) == [7, 8, 7, 0, 0]
+    assert daemon.ask("read", "head", "a", PLACES, 4096) == [7, 8, 7, 0, 0]
     assert daemon.ask("findings") == []
 
 
@@ -87,7 +87,7 @@ def test_clones_share_a_layer_that_was_merged_into(daemon: Incarnation) -> None:
     daemon.ask("do", "vms.clone", "a", CloneRequest(names=("b",), start=True))
     assert daemon.ask("states") == {"a": "running", "b": "running"}
     daemon.ask("write", "b", ["write -P 8 0 4k", "flush"])
-    assert daemon.ask("read", "b", PLACES, 4096) == [8, 7, 7, 0, 0]
-    assert daemon.ask("read", "a", PLACES, 4096) == [7, 7, 7, 0, 0]
+    assert daemon.ask("read", "head", "b", PLACES, 4096) == [8, 7, 7, 0, 0]
+    assert daemon.ask("read", "head", "a", PLACES, 4096) == [7, 7, 7, 0, 0]
     daemon.ask("do", "vms.stop", "a", StopRequest(force=True))
     assert daemon.ask("findings") == []

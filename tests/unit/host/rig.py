@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -21,10 +23,12 @@ from undercroft.host.layers import head_layer
 from undercroft.host.verbs import VM_VERBS
 from undercroft.hypervisor.emulator import Emulator
 from undercroft.hypervisor.machine import ExitReport, MachineEvent, MachineStats, RunState
-from undercroft.hypervisor.plan import MachinePlan
+from undercroft.hypervisor.plan import DiskLayer, MachinePlan, PlanDisk
 from undercroft.model.errors import (
     GuestAgentError,
     QemuStartError,
+    QmpError,
+    TimeLimitError,
     UndercroftError,
     WrongStateError,
 )
@@ -41,14 +45,36 @@ class FakeAgent:
 
     def __init__(self, answers: bool = False) -> None:
         self.answers = answers
+        self.channel = SimpleNamespace(present=False)
         self.times = 0
         self.traffic = (3, 4)
+        self.is_frozen = False
+        self.hangs = 0  # how often it does not answer when it is to freeze or thaw
 
     async def ping(self, timeout: float = 1.0) -> bool:
         return self.answers
 
     async def addresses(self) -> tuple[str, ...]:
         return ("10.0.2.15",)
+
+    async def thaw_forgotten(self) -> bool:
+        return False
+
+    async def frozen(self) -> bool:
+        return self.is_frozen
+
+    async def freeze(self) -> int:
+        self.is_frozen = True
+        if self.hangs:
+            raise TimeLimitError("it hangs")
+        return 1
+
+    async def thaw(self) -> int:
+        if self.hangs:
+            self.hangs -= 1
+            raise TimeLimitError("it hangs")
+        self.is_frozen = False
+        return 1
 
     async def set_time(self) -> None:
         self.times += 1
@@ -59,6 +85,7 @@ class FakeMachine:
 
     def __init__(self, plan: MachinePlan, pid: int, hypervisor: Hypervisor) -> None:
         self.plan = plan
+        self.name = plan.name
         self.hypervisor = hypervisor
         self.run_state = RunState.RUNNING
         self.instance = Instance(
@@ -77,6 +104,7 @@ class FakeMachine:
         self.deaf = hypervisor.deaf
         self.calls: list[str] = []
         self.detached = False
+        self.nodes = [disk.node for disk in plan.disks]
         self.forked = False
         self.on_event: Callable[[MachineEvent], None] | None = None
         self._end: asyncio.Future[ExitReport] = asyncio.get_running_loop().create_future()
@@ -117,6 +145,39 @@ class FakeMachine:
 
     async def reset(self) -> None:
         await self._call("reset")
+
+    async def branch(self, disks: tuple[PlanDisk, ...]) -> None:
+        self._need(RunState.RUNNING, RunState.PAUSED, RunState.IO_ERROR)
+        await self._call("branch")
+        self.nodes = [disk.node for disk in disks]
+
+    async def branched(self, disks: tuple[PlanDisk, ...]) -> bool:
+        if self.over:
+            raise QmpError("it is gone")
+        return self.nodes == [disk.node for disk in disks]
+
+    async def save_memory(
+        self, path: Path, progress: Callable[[float], None] | None = None
+    ) -> None:
+        self._need(RunState.PAUSED, RunState.IO_ERROR)
+        await self._call("save_memory")
+        if self.over:
+            raise QmpError("it is gone")
+        path.with_name(path.name + ".plan").write_bytes(msgspec.json.encode(self.plan))
+        path.write_text(json.dumps(self.nodes))
+
+    async def stop_saving(self) -> None:
+        self._need(RunState.PAUSED, RunState.IO_ERROR)
+
+    async def absorb(
+        self,
+        layers: Sequence[DiskLayer],
+        index: int,
+        progress: Callable[[float], None] | None = None,
+    ) -> None:
+        await self._call("absorb")
+        if self.over:
+            raise QmpError("it is gone")
 
     async def power_button(self) -> None:
         self._need(RunState.RUNNING)
