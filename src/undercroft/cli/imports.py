@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from undercroft.cli.sending import Source
 
 _FORMATS = {f: f for f in ("raw", "qcow2", "vmdk", "vhdx", "vdi")} | {"vhd": "vpc"}
-_BUSES = ("virtio", "scsi", "sata")
+_BUSES = ("virtio", "scsi", "sata", "nvme")
 _NICS = ("virtio", "e1000e")
 _MODES = ("user", "restricted", "none")
 
@@ -70,6 +70,7 @@ class Import(Command):
                 default=None,
                 help="without",
             )
+        shape.add_argument("--datastore", metavar="DATASTORE", help="where its disks are kept")
         shape.add_argument("--bus", choices=_BUSES, help="bus of all disks")
         shape.add_argument("--nic", choices=_NICS, help="kind of all network adapters")
         shape.add_argument(
@@ -120,7 +121,7 @@ class Import(Command):
 
 def _request(args: Namespace) -> dict[str, Any]:
     """The API's ImportCreate, but for where it comes from."""
-    names = ("cpus", "memory", "firmware", "image", "secure_boot", "tpm", "bus", "nic")
+    names = ("cpus", "memory", "datastore", "firmware", "image", "secure_boot", "tpm", "bus", "nic")
     body: dict[str, Any] = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
     if args.vm is not None and args.name is not None and args.vm != args.name:
         raise UsageError("there are two names", "give one")

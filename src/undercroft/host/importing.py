@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from undercroft.host.datastores import layer_file
+from undercroft.host.datastores import driver, layer_file
 from undercroft.host.environment import Environment
 from undercroft.host.files import remove_tree
 from undercroft.host.imaging import Progress, reported
@@ -132,7 +132,8 @@ async def _unpack(
             await make_layer(environment, head)
             continue
         if not path.exists():
-            work = environment.directory.new_tmp("import")
+            store = await driver(environment, volume.spec.datastore)
+            work = store.half()
             try:
                 await unpack_disk(fd, source, package.members, work, path, part)
             finally:

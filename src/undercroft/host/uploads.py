@@ -81,19 +81,25 @@ def _open(path: Path, key: str, offset: int) -> int:
 async def _write_all(fd: int, path: Path, at: int, content: AsyncIterator[bytes]) -> int:
     batch = bytearray()
     checked = at
-    async for piece in content:
-        batch += piece
-        if len(batch) >= _BATCH:
-            at += await asyncio.to_thread(_write, fd, bytes(batch), at)
-            batch.clear()
-            if at - checked >= _CHECK_EVERY:
-                await asyncio.to_thread(require_space, "what is being sent", path.parent, 0)
-                checked = at
-    return at + await asyncio.to_thread(_write, fd, bytes(batch), at)
+    try:
+        async for piece in content:
+            batch += piece
+            if len(batch) >= _BATCH:
+                at += await asyncio.to_thread(_write, fd, bytes(batch), at)
+                batch.clear()
+                if at - checked >= _CHECK_EVERY:
+                    await asyncio.to_thread(require_space, "what is being sent", path.parent, 0)
+                    checked = at
+    finally:  # what came before a connection broke counts, too
+        at += _write(fd, bytes(batch), at)
+        os.ftruncate(fd, at)
+    return at
 
 
 def _write(fd: int, data: bytes, at: int) -> int:
     view = memoryview(data)
+    if data == bytes(len(data)):  # a hole, which the end of the file will enclose
+        return len(data)
     while view:
         written = os.pwrite(fd, view, at)
         view, at = view[written:], at + written

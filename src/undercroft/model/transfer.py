@@ -54,10 +54,11 @@ class ImportCreate(ImportSource, frozen=True, kw_only=True):
     ``sha256`` (hex) is what the file must have. ``image``: name of the image whose kernel it boots
     (firmware ``kernel``). ``networks``: for each network of the package (``*``: all others) what
     takes its place: ``user``, ``restricted``, ``none``. ``bus`` and ``nic`` are for all disks and
-    adapters.
+    adapters; ``datastore`` (name or id) is where its disks are kept.
     """
 
     name: str | None = None
+    datastore: str | None = None
     sha256: str | None = None
     cpus: int | None = None
     memory: int | None = None

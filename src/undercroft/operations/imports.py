@@ -9,7 +9,8 @@ import msgspec
 
 from undercroft.model.appliance import Appliance, ApplianceDisk
 from undercroft.model.base import Meta
-from undercroft.model.checks import check_vm_spec
+from undercroft.model.checks import MAX_SATA, check_vm_spec
+from undercroft.model.datastore import Datastore
 from undercroft.model.errors import AlreadyExistsError, InvalidError, StaleError
 from undercroft.model.image import Image, ImageState
 from undercroft.model.names import check_labels, check_name, new_id, new_mac
@@ -31,15 +32,15 @@ from undercroft.model.vm import (
 from undercroft.model.volume import Volume, VolumeSpec, check_volume_size
 from undercroft.operations.access import Caller
 from undercroft.operations.context import Context, find, new_event, new_task, scope
+from undercroft.operations.datastores import place_checks, place_id, place_new
 from undercroft.operations.services import Examined
 from undercroft.operations.uploads import check_key
-from undercroft.store.interface import Check, Claim, Put, Transaction
+from undercroft.store.interface import Check, Claim, Put, Transaction, Versioned
 
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 _MODES = {"user": PortMode.USER, "restricted": PortMode.RESTRICTED, "none": None}
 _SAME = {str(mode): mode for mode in PortMode}  # networks of our own exports
 _ARCHS = {"x86_64": Machine.Q35, "i386": Machine.Q35}
-_SATA_UNITS = 6  # of the controller that q35 has
 _ATTEMPTS = 20
 
 
@@ -74,11 +75,12 @@ class ImportOperations:
             check_name(request.name)
         if request.sha256 is not None and _SHA256.fullmatch(request.sha256) is None:
             raise InvalidError("a SHA-256 checksum has 64 hexadecimal digits")
+        where = await place_new(self._context, request.datastore)
         examined = await self._context.services.examine(request)
         wanted = request.name or _suggest(examined.appliance.name)
         for number in range(_ATTEMPTS):
             name = wanted if number == 0 or request.name else f"{wanted[:58]}-{number + 1}"
-            task = await self._write(caller, request, examined, name)
+            task = await self._write(caller, request, examined, name, where)
             if task is not None:
                 return task
             if request.name is not None:
@@ -90,7 +92,12 @@ class ImportOperations:
         raise StaleError("others keep taking the names", action="give a name")
 
     async def _write(
-        self, caller: Caller, request: ImportCreate, examined: Examined, name: str
+        self,
+        caller: Caller,
+        request: ImportCreate,
+        examined: Examined,
+        name: str,
+        where: Versioned[Datastore] | None,
     ) -> Task | None:
         """The task; None if the name is taken."""
         context = self._context
@@ -104,7 +111,12 @@ class ImportOperations:
                     name=f"{name}-boot" if index == 0 else f"{name}-disk{index + 1}",
                     created=now,
                 ),
-                spec=VolumeSpec(size=check_volume_size(disk.size), host=context.host, vm=id),
+                spec=VolumeSpec(
+                    size=check_volume_size(disk.size),
+                    host=context.host,
+                    vm=id,
+                    datastore=place_id(where),
+                ),
             )
             for index, disk in enumerate(found.disks)
         ]
@@ -133,6 +145,7 @@ class ImportOperations:
         claims = [Claim(scope("vm"), name, id)]
         claims += [Claim(scope("volume"), volume.meta.name, volume.meta.id) for volume in volumes]
         puts = [Put(vm), Put(task), Put(event), *(Put(volume) for volume in volumes)]
+        checks = [*checks, *place_checks(where)]
         try:
             await context.store.transact(Transaction(checks=checks, claims=claims, puts=puts))
         except AlreadyExistsError as taken:
@@ -223,13 +236,14 @@ def _spec(
         tpm=found.tpm if request.tpm is None else request.tpm,
         display=Display.VIRTIO if machine is Machine.VIRT else Display.STD,
         image=image.meta.id if image is not None else None,
-        disks=_disks(request.bus, found.disks, volumes, notes),
+        disks=_disks(request.bus, machine, found.disks, volumes, notes),
         ports=_ports(request, found, notes),
     )
 
 
 def _disks(
     wanted: DiskBus | None,
+    machine: Machine,
     disks: Sequence[ApplianceDisk],
     volumes: Sequence[Volume],
     notes: list[str],
@@ -238,13 +252,13 @@ def _disks(
     sata = 0
     for disk, volume in zip(disks, volumes, strict=True):
         bus = wanted or disk.bus
-        if bus is DiskBus.SATA:
+        if bus is DiskBus.SATA and wanted is None:
             sata += 1
-            if sata > _SATA_UNITS and wanted is None:
+            if sata > MAX_SATA or machine is Machine.VIRT:
                 bus = DiskBus.SCSI
+                note = "disks that its board has no SATA port for are on virtio-scsi"
+                notes += [note] if note not in notes else []
         made.append(Disk(volume=volume.meta.id, bus=bus))
-    if sata > _SATA_UNITS and wanted is None:
-        notes.append(f"disks beyond the {_SATA_UNITS} that SATA takes are on virtio-scsi")
     return tuple(made)
 
 

@@ -18,7 +18,7 @@ from tests.unit.storage.appliance import packages
 from undercroft.model.errors import DaemonError, HostileImageError, NoSpaceError, WrongStateError
 from undercroft.model.export import ExportFormat
 from undercroft.model.image import DiskFormat
-from undercroft.model.requests import StopRequest, VMCreate
+from undercroft.model.requests import DatastoreCreate, StopRequest, VMCreate
 from undercroft.model.task import Task, TaskState
 from undercroft.model.transfer import ExportCreate, ImportCreate, ImportSource
 from undercroft.model.units import GiB, MiB
@@ -37,10 +37,16 @@ def croft(installation: Installation, *words: str, input: bytes | None = None) -
     return done.stdout
 
 
+def found(installation: Installation, name: str) -> Path:
+    """The file of a volume, in whichever datastore."""
+    file = head(installation, name)
+    return file if file.exists() else installation.data.with_name("elsewhere") / file.name
+
+
 def same(installation: Installation, one: str, other: str | Path) -> bool:
     """Whether two disks of VMs that are off hold the same (or a disk, and a raw file)."""
     argv: list[str | Path] = ["qemu-img", "compare", "-f", "qcow2", "-F"]
-    argv += ["raw", head(installation, one), other] if isinstance(other, Path) else [
+    argv += ["raw", found(installation, one), other] if isinstance(other, Path) else [
         "qcow2", head(installation, one), head(installation, other)
     ]  # fmt: skip
     return subprocess.run(argv, stdout=subprocess.DEVNULL).returncode == 0
@@ -95,13 +101,18 @@ def test_packages_of_others(installation: Installation, place: Path) -> None:
     send(installation, key, packages.vmware(place, (8 * MiB, 3 * MiB)))
     found = client.imports.examine(ImportSource(upload=key))
     assert (found.name, len(found.disks)) == ("Web Server 01", 2)
-    task = client.imports.create(ImportCreate(upload=key, networks={"*": "restricted"}))
+    elsewhere = place / "elsewhere"
+    client.datastores.create(DatastoreCreate(name="elsewhere", path=str(elsewhere)))
+    request = ImportCreate(upload=key, networks={"*": "restricted"}, datastore="elsewhere")
+    task = client.imports.create(request)
     notes = installation.finish(task).status.result["notes"]
     assert any("StorageGroupSection" in note for note in notes)
     vm = client.vms.get("web-server-01")
     assert (vm.spec.firmware, vm.spec.memory, vm.spec.cpus) == (Firmware.UEFI, 2 * GiB, 4)
     assert [disk.bus for disk in vm.spec.disks] == [DiskBus.SATA, DiskBus.SATA]
     assert {port.mode for port in vm.spec.ports} == {"restricted"}
+    assert len(list(elsewhere.glob("layer-*"))) == 2
+    assert not list((installation.data / "volumes").iterdir())
     (place / "raw").write_bytes(packages.content(3 * MiB, 2))
     assert same(installation, "web-server-01-disk2", place / "raw")
     # What is hostile is refused at once, or by its checksum later; nothing of either stays.

@@ -10,7 +10,7 @@ from pathlib import Path
 from undercroft.model.errors import HostileImageError
 from undercroft.model.image import DiskFormat
 from undercroft.storage.appliance.package import DiskSource
-from undercroft.storage.appliance.tar import Member, refused
+from undercroft.storage.appliance.tar import Member, plain_name, refused
 from undercroft.storage.convert import convert
 from undercroft.storage.decompress import decompress
 from undercroft.storage.files import (
@@ -21,10 +21,11 @@ from undercroft.storage.files import (
 )
 from undercroft.storage.formats import Limits, inspect, recognise
 from undercroft.storage.formats.common import Image
-from undercroft.storage.formats.vmdk_extents import own_descriptor
 from undercroft.storage.importing import UNTRUSTED
 from undercroft.storage.process import Progress, run, share_of, tool
-from undercroft.storage.streams.vmdk_in import StreamHeader, read_header, unpack_stream
+from undercroft.storage.streams.copy import copy_spans
+from undercroft.storage.streams.maps import extents_map, map_of
+from undercroft.storage.streams.vmdk_in import read_header, unpack_stream
 from undercroft.storage.threads import Stop, in_thread
 
 __all__ = ["unpack_disk"]
@@ -52,18 +53,8 @@ async def unpack_disk(
     half = work / "half.qcow2"
     if source.packed:
         await _unpack_gzip(fd, source, work, half, progress)
-    elif source.extents:
-        await _unpack_extents(fd, source, members, work, half, progress)
     else:
-        header = None
-        if source.format is DiskFormat.VMDK:
-            header = read_header(Image(fd, source.size, source.offset))
-        if header is not None:
-            await in_thread(lambda stop: _unpack_stream(fd, source, header, half, progress, stop))
-        else:
-            part = share_of(progress, 0.0, 0.3)
-            await in_thread(lambda stop: _copy(fd, source, work / "source", part, stop))
-            await _convert(work, "source", source, half, share_of(progress, 0.3, 1.0))
+        await _unpack(fd, source, members, work, half, progress)
     if await asyncio.to_thread(_size, half) < source.virtual_size:
         command = [tool("qemu-img", package="qemu-utils"), "resize", "-q", "-f", "qcow2"]
         await run([*command, str(half), str(source.virtual_size)])
@@ -76,25 +67,66 @@ def _size(path: Path) -> int:
         return int.from_bytes(file.read(32)[24:], "big")
 
 
-def _unpack_stream(
-    fd: int, source: DiskSource, header: StreamHeader, half: Path, progress: Progress, stop: Stop
+async def _unpack(
+    fd: int,
+    source: DiskSource,
+    members: Mapping[str, Member],
+    work: Path,
+    half: Path,
+    progress: Progress,
 ) -> None:
-    with disk_full_is_clear(_WHAT, half.parent):
-        require_space(_WHAT, half.parent, 0)
+    """Straight into ``half`` where we can read it ourselves, else with qemu-img's help."""
+    if await in_thread(lambda stop: _read(fd, source, members, half, progress, stop)):
+        return
+    if source.extents:
+        raise refused("a disk of it is in several files, of a kind that is not known here")
+    await in_thread(
+        lambda stop: _copy(fd, source, work / "source", share_of(progress, 0, 0.3), stop)
+    )
+    await _convert(work, "source", source, half, share_of(progress, 0.3, 1.0))
+
+
+def _read(
+    fd: int,
+    source: DiskSource,
+    members: Mapping[str, Member],
+    half: Path,
+    progress: Progress,
+    stop: Stop,
+) -> bool:
+    """Whether it could be read without qemu-img."""
+    image = Image(fd, source.size, source.offset)
+
+    def member(name: str) -> Image:
+        found = members[plain_name(name)]
+        return Image(fd, found.size, found.offset)
+
+    def report(done: float) -> None:
+        progress(done, "unpacking the disk")
+
+    stream = spans = None
+    if source.extents:
+        spans = extents_map(source.extents, member)
+    else:
+        stream = read_header(image) if source.format is DiskFormat.VMDK else None
+        spans = map_of(image, source.format) if stream is None else None
+    if stream is None and spans is None:
+        return False
+    directory = half.parent
+    with disk_full_is_clear(_WHAT, directory):
+        require_space(_WHAT, directory, 0)
         out = os.open(half, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            image = Image(fd, source.size, source.offset)
-            unpack_stream(
-                image, header, out, half.parent, stop,
-                lambda done: progress(done, "unpacking the disk"),
-            )  # fmt: skip
+            if stream is not None:
+                unpack_stream(image, stream, out, directory, stop, report)
+            elif spans is not None:
+                copy_spans(fd, spans, source.virtual_size, out, directory, stop, report)
         finally:
             os.close(out)
+    return True
 
 
-def _copy(
-    fd: int, source: DiskSource | Member, target: Path, progress: Progress, stop: Stop
-) -> None:
+def _copy(fd: int, source: DiskSource, target: Path, progress: Progress, stop: Stop) -> None:
     with disk_full_is_clear(_WHAT, target.parent):
         copy_sparse(
             fd,
@@ -148,37 +180,12 @@ async def _convert(
     await asyncio.to_thread(take_back)
 
 
-async def _unpack_extents(
-    fd: int,
-    source: DiskSource,
-    members: Mapping[str, Member],
-    work: Path,
-    half: Path,
-    progress: Progress,
-) -> None:
-    """A disk in several files: each by a name of ours, with a descriptor of ours."""
-    names: dict[str, str] = {}
-    for extent in source.extents:
-        if extent.file and extent.file not in names:
-            names[extent.file] = f"extent{len(names)}"
-
-    def copy_all(stop: Stop) -> None:
-        for number, (file, name) in enumerate(names.items()):
-            part = share_of(progress, 0.3 * number / len(names), 0.3 * (number + 1) / len(names))
-            _copy(fd, members[file.removeprefix("./")], work / name, part, stop)
-
-    await in_thread(copy_all)
-    text = own_descriptor(source.extents, [names.get(e.file, "") for e in source.extents])
-    await asyncio.to_thread((work / "descriptor.vmdk").write_bytes, text)
-    await _convert(work, "descriptor.vmdk", source, half, share_of(progress, 0.3, 1.0))
-
-
 async def _unpack_gzip(
     fd: int, source: DiskSource, work: Path, half: Path, progress: Progress
 ) -> None:
     """A disk that is compressed as a whole: it may become as large as the disk inside at most, and
     a little for the format."""
-    packed, plain = work / "packed", work / "source"
+    packed, plain = work / "packed", work / "plain"
     await in_thread(lambda stop: _copy(fd, source, packed, share_of(progress, 0, 0.1), stop))
     limit = source.virtual_size + source.virtual_size // 64 + (64 << 20)
     await decompress(
@@ -190,21 +197,21 @@ async def _unpack_gzip(
         progress=share_of(progress, 0.1, 0.5),
     )
     await asyncio.to_thread(packed.unlink)
+    descriptor = os.open(plain, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        inner = await asyncio.to_thread(_look, descriptor)
+        if inner.virtual_size > source.virtual_size:
+            raise refused("a disk of it is larger than its descriptor says")
+        await _unpack(descriptor, inner, {}, work, half, share_of(progress, 0.5, 1.0))
+    finally:
+        os.close(descriptor)
 
-    def look() -> DiskSource:
-        descriptor = os.open(plain, os.O_RDONLY)
-        try:
-            format = recognise(descriptor)
-            found = inspect(descriptor, format, Limits())
-            size = os.fstat(descriptor).st_size
-            return DiskSource(0, size, format, found.virtual_size, found.data_size)
-        finally:
-            os.close(descriptor)
 
-    inner = await asyncio.to_thread(look)
-    if inner.virtual_size > source.virtual_size:
-        raise refused("a disk of it is larger than its descriptor says")
-    await _convert(work, "source", inner, half, share_of(progress, 0.5, 1.0))
+def _look(descriptor: int) -> DiskSource:
+    format = recognise(descriptor)
+    found = inspect(descriptor, format, Limits())
+    size = os.fstat(descriptor).st_size
+    return DiskSource(0, size, format, found.virtual_size, found.data_size)
 
 
 def _settle(half: Path, target: Path, size: int) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -153,7 +154,10 @@ def sweep(path: Path, id: str) -> None:
     if read_marker(path) == id:
         with contextlib.suppress(OSError):
             for left in (path / HALF).iterdir():
-                left.unlink()
+                if left.is_dir() and not left.is_symlink():
+                    shutil.rmtree(left)
+                else:
+                    left.unlink()
 
 
 def prepare(path: Path, id: str, owner: str, known: Callable[[str], bool]) -> bool:

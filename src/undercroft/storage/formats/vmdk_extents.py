@@ -1,5 +1,5 @@
 """VMDK in several files: a descriptor, and the extents that it names (VMware, "Virtual Disk
-Format 5.0"). QEMU never sees the stranger's descriptor, only one that we write anew."""
+Format 5.0"). QEMU never sees any of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from undercroft.storage.formats.common import Image, Limits, check_virtual_size, refuse
 from undercroft.storage.formats.vmdk import DESCRIPTOR, inspect_extent
 
-__all__ = ["MAX_DESCRIPTOR", "Extent", "check_extents", "own_descriptor", "read_extents"]
+__all__ = ["MAX_DESCRIPTOR", "Extent", "check_extents", "read_extents"]
 
 MAX_DESCRIPTOR = 1 << 20
 SECTOR = 512
@@ -84,18 +84,3 @@ def check_extents(
         elif inspect_extent(image, limits) < extent.sectors * SECTOR or extent.offset:
             raise refuse(f"{extent.file[:60]} is smaller than it should be")
     return check_virtual_size(total, limits)
-
-
-def own_descriptor(extents: Sequence[Extent], names: Sequence[str]) -> bytes:
-    """A descriptor of these extents in files of these names."""
-    sparse = any(extent.kind == "SPARSE" for extent in extents)
-    lines = ["# Disk DescriptorFile", "version=1", "CID=00000001", "parentCID=ffffffff"]
-    lines.append(f'createType="{"twoGbMaxExtentSparse" if sparse else "twoGbMaxExtentFlat"}"')
-    for extent, name in zip(extents, names, strict=True):
-        if extent.kind == "ZERO":
-            lines.append(f"RW {extent.sectors} ZERO")
-        elif extent.kind == "SPARSE":
-            lines.append(f'RW {extent.sectors} SPARSE "{name}"')
-        else:
-            lines.append(f'RW {extent.sectors} FLAT "{name}" {extent.offset}')
-    return ("\n".join(lines) + "\n").encode()

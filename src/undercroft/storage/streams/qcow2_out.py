@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import struct
 from array import array
+from collections.abc import Sequence
 
 from undercroft.model.errors import UndercroftError
 
@@ -15,6 +16,7 @@ _ENTRIES = CLUSTER // 8  # of a table
 _COUNTS = CLUSTER // 2  # reference counts of a block
 _COPIED = 1 << 63
 _HEADER = 104
+_VECTOR = 1024  # pieces that the system takes at once (IOV_MAX)
 
 
 class Qcow2Writer:
@@ -38,9 +40,9 @@ class Qcow2Writer:
         """Bytes of the file so far."""
         return self._next * CLUSTER
 
-    def write(self, clusters: list[tuple[int, bytes]]) -> None:
+    def write(self, clusters: Sequence[tuple[int, bytes | memoryview]]) -> None:
         """Numbers and content of clusters of the disk, each of `CLUSTER` bytes."""
-        pending: list[bytes] = []
+        pending: list[bytes | memoryview] = []
         first = self._next
         for index, data in clusters:
             if index <= self._last or index * CLUSTER >= self._size or len(data) != CLUSTER:
@@ -48,8 +50,8 @@ class Qcow2Writer:
             self._last = index
             number, entry = divmod(index, _ENTRIES)
             if number != self._number:
-                self._put(b"".join(pending), first)
-                pending.clear()
+                self._put_all(pending, first)
+                pending = []
                 self._flush()
                 self._number, self._l2 = number, array("Q", bytes(CLUSTER))
                 self._l1[number] = self._next * CLUSTER | _COPIED
@@ -58,7 +60,7 @@ class Qcow2Writer:
             self._l2[entry] = self._next * CLUSTER | _COPIED
             self._next += 1
             pending.append(data)
-        self._put(b"".join(pending), first)
+        self._put_all(pending, first)
 
     def finish(self) -> None:
         """Writes the tables; the file is whole then (but not yet synchronised)."""
@@ -88,6 +90,14 @@ class Qcow2Writer:
         if self._number >= 0:
             place = (self._l1[self._number] & ~_COPIED) // CLUSTER
             self._put(_big(self._l2), place)
+
+    def _put_all(self, clusters: list[bytes | memoryview], first: int) -> None:
+        at, end = first * CLUSTER, (first + len(clusters)) * CLUSTER
+        while at < end:
+            done, inside = divmod(at - first * CLUSTER, CLUSTER)
+            vector = clusters[done : done + _VECTOR]
+            vector[0] = memoryview(vector[0])[inside:]
+            at += os.pwritev(self._fd, vector, at)
 
     def _put(self, data: bytes, cluster: int) -> None:
         view, at = memoryview(data), cluster * CLUSTER
