@@ -61,12 +61,14 @@ Verb = Callable[["VMActor", VM, TaskRun], Awaitable[Outcome]]
 
 
 class VMActor:
-    """Owner of one VM's process. ``machine`` is None while there is none."""
+    """Owner of one VM's process. ``machine`` is None while there is none; ``held``: it was started
+    by us and waits to be told whose it is."""
 
     def __init__(self, environment: Environment, id: str, verbs: dict[str, Verb]) -> None:
         self.environment = environment
         self.id = id
         self.machine: QemuMachine | None = None
+        self.held = False
         self.unreachable = False
         self._busy = False
         self.verbs = verbs

@@ -27,6 +27,7 @@ from undercroft.host.housekeeping import keep_house
 from undercroft.host.images import ImageWorker
 from undercroft.host.layers import collect_layers, rename_volumes
 from undercroft.host.outcome import final_status
+from undercroft.host.pool import Pool
 from undercroft.host.services import LocalHost
 from undercroft.host.snapshots import sweep_snapshots
 from undercroft.host.templates import remove_files, sweep_templates
@@ -66,7 +67,7 @@ class HostAgent:
 
     def __init__(self, environment: Environment, room: Room | None = None) -> None:
         self.environment = environment
-        self.services = LocalHost(environment, self.machine, self.check)
+        self.services = LocalHost(environment, self.machine, self.check, self.held)
         self._actors: dict[str, VMActor] = {}
         self._workers: dict[str, Worker[Any]] = {}  # of images, volumes, exports
         context = Context(environment.store, environment.host, self.services, environment.clock)
@@ -75,11 +76,17 @@ class HostAgent:
         self._removals: set[asyncio.Task[None]] = set()
         self.warmer = Warmer(environment, context, self.machine, room or Room(count=0))
         environment.wish = self.warmer.wish
+        self.pool = Pool(environment, context, room.pool if room is not None else 0)
+        environment.used = self.pool.used
 
     def machine(self, vm: str) -> QemuMachine | None:
         """The running machine of a VM."""
         actor = self._actors.get(vm)
         return actor.machine if actor is not None else None
+
+    def held(self, template: str) -> list[str]:
+        """The VMs (ids) that are held ready on a template."""
+        return self.pool.held(template)
 
     async def start(self) -> None:
         """Adopts what runs, ends what nobody owns, then follows the store."""
@@ -120,6 +127,7 @@ class HostAgent:
                 keep_house(self.environment, self.warmer.shrink), name="housekeeping"
             ),
             asyncio.create_task(self.warmer.run(), name="warmer"),
+            asyncio.create_task(self.pool.run(), name="pool"),
         ]
 
     async def close(self) -> None:
@@ -220,6 +228,7 @@ class HostAgent:
             if change.kind is Export:
                 self._remove(remove_export(self.environment, change.id))
         elif change.kind is Template and record is None:
+            self.pool.gone(change.id)
             self._remove(remove_files(self.environment, change.id))
         elif isinstance(record, Task) and not record.status.state.final:
             if record.spec.cancel:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import msgspec
 
@@ -28,11 +29,18 @@ from undercroft.host.layers import (
 )
 from undercroft.host.merging import flatten
 from undercroft.host.outcome import TaskRun
-from undercroft.host.planning import generation_id, make_seed, plan_disks, plan_ports, vm_uuid
+from undercroft.host.planning import (
+    generation_id,
+    make_seed,
+    plan_disks,
+    plan_ports,
+    remake_seed,
+    vm_uuid,
+)
 from undercroft.host.snapshot_files import copy_besides
 from undercroft.host.templates import wait_for
 from undercroft.hypervisor.fork import fork_plan, without_forwards
-from undercroft.hypervisor.machine import QemuMachine
+from undercroft.hypervisor.machine import QemuMachine, RunState
 from undercroft.model.errors import DataError
 from undercroft.model.requests import CloneMode
 from undercroft.model.template import Template
@@ -111,7 +119,24 @@ async def fork(
     """
     environment = actor.environment
     facts = await asyncio.to_thread(_facts, environment, vm, template, warm)
-    seed = await make_seed(environment, vm)
+    async with environment.start_slots:
+        machine = await load(actor, vm, template)
+        try:
+            return machine, await _go(environment, machine, vm, facts, macs, warm)
+        except BaseException:
+            await asyncio.shield(machine.kill())
+            raise
+
+
+async def load(actor: VMActor, vm: VM, template: Template, *, room: int = 0) -> QemuMachine:
+    """Starts a machine that is about to go on from what a template has in memory. ``room``: bytes
+    that are kept for its cloud-init seed.
+
+    Raises:
+        UndercroftError: it did not work; nothing runs.
+    """
+    environment = actor.environment
+    seed = await make_seed(environment, vm, room=room)
     disks = await plan_disks(environment, vm)
     directory = environment.template_directory(template.meta.id) / "memory"
     plan = await asyncio.to_thread(fork_plan, directory)
@@ -131,15 +156,36 @@ async def fork(
         generation=vm.meta.generation,
     )
     emulator = await environment.emulator(vm.spec.arch)
-    async with environment.start_slots:
-        machine = await QemuMachine.start(plan, emulator, on_event=actor.on_event, hold=True)
-        try:
-            steps = await asyncio.to_thread(_steps, environment, vm, facts, macs, warm)
-            await machine.go(steps.batch if steps is not None else None)
-        except BaseException:
-            await asyncio.shield(machine.kill())
-            raise
-        return machine, steps
+    return await QemuMachine.start(plan, emulator, on_event=actor.on_event, hold=True)
+
+
+async def go_on(
+    actor: VMActor, vm: VM, template: Template, macs: Mapping[str, str], *, warm: bool
+) -> tuple[bool, Steps | None]:
+    """As `fork`, with the actor's machine, which was loaded before it was known for whom. Whether
+    that could be done; if not, nothing has."""
+    environment, machine = actor.environment, actor.machine
+    if machine is None or machine.run_state is not RunState.PAUSED:
+        return False, None
+    facts = await asyncio.to_thread(_facts, environment, vm, template, warm)
+    seed = machine.plan.seed
+    if seed is not None and not await remake_seed(Path(seed), vm):
+        return False, None
+    machine.rename(vm.meta.name)
+    return True, await _go(environment, machine, vm, facts, macs, warm)
+
+
+async def _go(
+    environment: Environment,
+    machine: QemuMachine,
+    vm: VM,
+    facts: GuestFacts | None,
+    macs: Mapping[str, str],
+    warm: bool,
+) -> Steps | None:
+    steps = await asyncio.to_thread(_steps, environment, vm, facts, macs, warm)
+    await machine.go(steps.batch if steps is not None else None)
+    return steps
 
 
 def _facts(environment: Environment, vm: VM, template: Template, warm: bool) -> GuestFacts | None:

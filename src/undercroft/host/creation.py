@@ -10,26 +10,20 @@ import structlog
 from undercroft.host import power
 from undercroft.host.actor import Outcome, VMActor
 from undercroft.host.attachments import free_attached
-from undercroft.host.cloning import fork, make_clone
+from undercroft.host.cloned import can_boot_instead, make
 from undercroft.host.datastores import layer_file
 from undercroft.host.environment import UID_BASE, Environment
 from undercroft.host.files import remove_tree
-from undercroft.host.identity import see_to_the_rest
 from undercroft.host.importing import forget_upload, make_disks
-from undercroft.host.individuality import individual, make_individual
 from undercroft.host.layers import collect_layers, get_layer, head_layer, make_layer, volume_status
 from undercroft.host.marks import checkpoints_of
 from undercroft.host.outcome import TaskRun, change_status, write
-from undercroft.host.planning import plan_ports
 from undercroft.host.restoring import make_restored
-from undercroft.host.templates import collect_templates, remove_template
-from undercroft.hypervisor.machine import QemuMachine, RunState
+from undercroft.host.templates import collect_templates
 from undercroft.model.checkpoint import Checkpoint
-from undercroft.model.errors import QmpError, TimeLimitError, UndercroftError
-from undercroft.model.requests import CloneMode
+from undercroft.model.errors import UndercroftError
 from undercroft.model.snapshot import Snapshot
-from undercroft.model.template import Template
-from undercroft.model.vm import VM, Identity, Power, VMState
+from undercroft.model.vm import VM, Power, VMState
 from undercroft.model.volume import Volume, VolumeState
 from undercroft.operations.context import snapshot_scope
 from undercroft.operations.vm_change import removal_releases
@@ -50,9 +44,9 @@ async def create(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
     if "template" in run.arguments:
         environment.forks += 1
         try:
-            return await _clone(actor, vm, run)
+            return await make(actor, vm, run)
         except (UndercroftError, OSError) as error:
-            if not await _can_boot_instead(actor, run):
+            if not await can_boot_instead(actor, run):
                 raise
             log.warning("no warm start", vm=vm.meta.name, error=str(error))
         finally:
@@ -85,104 +79,6 @@ async def create(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
     if warm := str(run.arguments.get("warm", "")):
         environment.wish(vm.meta.id, warm)
     return outcome
-
-
-async def _can_boot_instead(actor: VMActor, run: TaskRun) -> bool:
-    """Whether a VM that could not go on from a template has been put back to where it can boot. The
-    template goes: the next is made from this boot."""
-    environment = actor.environment
-    found = await environment.store.get(VM, actor.id)
-    if not run.arguments.get("warm") or actor.machine is not None or found is None:
-        return False
-    vm = found.record
-    if vm.status.state is not VMState.CREATING:
-        return False
-    for disk in vm.spec.disks:  # nobody has written to them
-        await update(environment.store, Volume, disk.volume, lambda v: volume_status(v, head=""))
-    template = await environment.store.get(Template, str(run.arguments["template"]))
-    if template is not None:
-        await remove_template(environment, template.record)
-    await collect_layers(environment)
-    return True
-
-
-async def _clone(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
-    """Makes a VM that is a clone, and lets it go on or starts it if asked to."""
-    environment = actor.environment
-    source = str(run.arguments.get("source", ""))
-    warm = "warm" in run.arguments
-    how = "goes on from" if warm else "was cloned from"
-    instant = run.arguments.get("mode") == CloneMode.INSTANT
-    outcome = Outcome(
-        lambda record: record,
-        event="vm.started" if warm else "vm.cloned",
-        message=f"{vm.label} {how} {source}",
-    )
-    macs = {str(old): str(new) for old, new in run.arguments.get("macs", {}).items()}
-    steps = None
-    if vm.status.state is VMState.CREATING:
-        if actor.machine is not None and actor.machine.run_state is not RunState.RUNNING:
-            await actor.machine.kill()  # a daemon died before it had it go on: begun anew
-            await actor.exited(None)
-            actor.release()
-        if actor.machine is None:
-            await run.progress(None, "making the disks")
-            template = await make_clone(actor, vm, run)
-            if instant:
-                forked, steps = await fork(actor, vm, template, macs, warm=warm)
-                actor.take(forked, quietly=True)
-        machine = actor.machine
-        values = (
-            {"state": VMState.STOPPED}
-            if machine is None
-            else {
-                "state": VMState.RUNNING,
-                "instance": machine.instance,
-            }
-        )
-        made = await write(
-            environment,
-            VM,
-            vm.meta.id,
-            lambda record: change_status(record, identity=Identity.PENDING, **values),
-        )
-        vm = made or vm
-    if instant and actor.machine is not None:
-        run.committed = True
-        shares = await make_individual(actor.machine, vm, forked=True, old_macs=macs, steps=steps)
-        message = None
-        try:
-            await actor.machine.publish(plan_ports(vm))
-        except (QmpError, TimeLimitError) as error:  # it goes on without
-            message = error.message
-        answers = await _answers(actor.machine, vm)
-        actor.look(later=True)
-        if steps is not None:
-            actor.in_background(see_to_the_rest(actor.machine, steps.facts))
-        outcome.change = lambda record: change_status(
-            individual(record, shares), message=message, agent=answers
-        )
-        outcome.result["pid"] = actor.machine.instance.pid
-    elif not instant and run.arguments.get("start") and vm.spec.power is Power.RUNNING:
-        started = await power.start(actor, vm, run)
-        outcome.change, outcome.result = started.change, started.result
-    outcome.result["vm"] = vm.meta.id
-    if warm:
-        outcome.result["template"] = run.arguments["template"]
-    outcome.after = partial(collect_templates, environment)
-    return outcome
-
-
-async def _answers(machine: QemuMachine, vm: VM) -> bool | None:
-    """Whether the agent of a clone answers, by its new name; None: it has none."""
-    agent = machine.agent
-    if agent is None or agent.channel.present is False:
-        return None
-    try:
-        name = await agent.host_name()
-    except UndercroftError:
-        return False
-    return name == (vm.spec.guest.hostname or vm.meta.name)
 
 
 async def _choose_uid(environment: Environment, vm: VM) -> int | None:

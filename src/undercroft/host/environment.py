@@ -59,6 +59,8 @@ class Environment:
     """Told of a VM (id) that booted, and could have gone on from a warm template with this key."""
     serving: set[str] = field(default_factory=set)
     """What the QEMUs are marked with that serve layers to be read, or restored to."""
+    used: Callable[[str], None] = lambda template: None
+    """Told of a template (id) that a VM went on from."""
     closing: bool = False
     _emulators: dict[str, Emulator] = field(default_factory=dict)
 

@@ -19,7 +19,7 @@ from undercroft.model.errors import DataError, UnsupportedError
 from undercroft.model.image import Image, ImageContent
 from undercroft.model.vm import VM, Accelerator, Disk, DiskBus, Firmware, Machine, disk_units
 from undercroft.model.volume import Volume
-from undercroft.storage.seed import write_seed
+from undercroft.storage.seed import rewrite_seed, write_seed
 
 _NAMESPACE = uuid.UUID("5b9c7a1e-6f0d-4c53-9d0e-0c5d7b7a4e10")
 
@@ -92,8 +92,9 @@ async def make_plan(environment: Environment, vm: VM, seed: Path | None) -> Mach
     )
 
 
-async def make_seed(environment: Environment, vm: VM) -> Path | None:
-    """Writes the cloud-init seed of a VM whose image reads one; None for any other."""
+async def make_seed(environment: Environment, vm: VM, *, room: int = 0) -> Path | None:
+    """Writes the cloud-init seed of a VM whose image reads one; None for any other. The file has at
+    least ``room`` bytes, for `remake_seed`."""
     if vm.spec.image is None:
         return None
     image = await environment.store.get(Image, vm.spec.image)
@@ -106,8 +107,19 @@ async def make_seed(environment: Environment, vm: VM) -> Path | None:
         instance_id=vm.meta.id,
         hostname=vm.spec.guest.hostname or vm.meta.name,
         guest=vm.spec.guest,
+        room=room,
     )
     return path
+
+
+async def remake_seed(path: Path, vm: VM) -> bool:
+    """Makes a seed that a machine has open that of ``vm``; whether there was room for it."""
+    return await rewrite_seed(
+        path,
+        instance_id=vm.meta.id,
+        hostname=vm.spec.guest.hostname or vm.meta.name,
+        guest=vm.spec.guest,
+    )
 
 
 async def _accelerator(environment: Environment, vm: VM) -> str:

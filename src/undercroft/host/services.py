@@ -75,10 +75,16 @@ class LocalHost(Repositories):
         environment: Environment,
         machine_of: Callable[[str], QemuMachine | None],
         check: Callable[[bool], Awaitable[CheckReport]],
+        held: Callable[[str], Sequence[str]],
     ) -> None:
         self._environment = environment
         self._machine_of = machine_of
         self._check = check
+        self._held = held
+
+    def held(self, template: str) -> Sequence[str]:
+        """See `HostServices`."""
+        return self._held(template)
 
     def _machine(self, vm: VM) -> QemuMachine:
         machine = self._machine_of(vm.meta.id)
@@ -136,7 +142,8 @@ class LocalHost(Repositories):
         running = [
             (item.record, machine)
             for item in listing.items
-            if (machine := self._machine_of(item.record.meta.id)) is not None
+            if not item.record.spec.passing
+            and (machine := self._machine_of(item.record.meta.id)) is not None
         ]
         return [
             sample

@@ -11,12 +11,13 @@ import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import structlog
 
 from undercroft.host.environment import Environment
 from undercroft.host.identity import read_facts
+from undercroft.host.memory import free_memory
+from undercroft.host.pool import SIZE
 from undercroft.hypervisor.machine import QemuMachine
 from undercroft.model.errors import (
     DataError,
@@ -59,10 +60,11 @@ _BREATH = 3.0  # seconds for what the end of the boot sets off
 @dataclass(frozen=True)
 class Room:
     """What warm templates may take: ``count`` of them (0: none are made), ``disk`` bytes (None: a
-    tenth of the file system)."""
+    tenth of the file system); ``pool``: how many VMs are held ready on each that is in use."""
 
     count: int = 8
     disk: int | None = None
+    pool: int = SIZE
 
     @classmethod
     def read(cls, text: str | None) -> Room:
@@ -74,9 +76,9 @@ class Room:
         if not text or text == "on":
             return cls()
         if text == "off":
-            return cls(count=0)
+            return cls(count=0, pool=0)
         if text.isdigit() and int(text) < 1000:
-            return cls(count=int(text))
+            return cls(count=int(text), pool=SIZE if int(text) else 0)
         return cls(count=1000, disk=parse_size(text))
 
 
@@ -130,7 +132,7 @@ class Warmer:
         source = await self._answers(id)
         if source is None:
             return
-        memory = await asyncio.to_thread(_free_memory)
+        memory = await asyncio.to_thread(free_memory)
         if memory < source.spec.memory * (MEMORY_PART + 1) // MEMORY_PART + MEMORY_SPARE:
             log.info("no memory for a warm template", key=key)
             return
@@ -252,15 +254,6 @@ def _by_use(environment: Environment, templates: list[Template]) -> list[Templat
             return 0.0
 
     return sorted((t for t in templates if t.status.shape is not None), key=last)
-
-
-def _free_memory() -> int:
-    """Bytes that the host could give to a new process without swapping. Blocks."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        name, _, rest = line.partition(":")
-        if name == "MemAvailable":
-            return int(rest.split()[0]) << 10
-    return 0
 
 
 def _lower_priority(pid: int) -> None:

@@ -68,7 +68,9 @@ async def freeze(
             run_directory=str(work / "run"),
             disks=tuple(_stand_in(disk, work, index) for index, disk in enumerate(plan.disks)),
             seed=str(work / "seed") if plan.seed is not None else None,
-            ports=without_forwards(plan.ports),
+            ports=tuple(
+                msgspec.structs.replace(port, apart=True) for port in without_forwards(plan.ports)
+            ),
             incoming=str(state),
             memory_file=str(directory / _MEMORY),
             memory_shared=True,

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import signal
 import socket
+import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,16 @@ class QemuMachine(MachineSession):
         return self.plan.memory_file is not None and not self.plan.memory_shared
 
     # What can be done
+
+    def rename(self, name: str) -> None:
+        """Calls it by another name from now on, as one that begins only now. QEMU's own title, as
+        other processes see it, stays."""
+        self.plan = msgspec.structs.replace(self.plan, name=name)
+        self.instance = msgspec.structs.replace(self.instance, started=time.time())
+        self._monitor.name = label = f"vm {name}"
+        for channel in (self.helper, self.agent.channel if self.agent is not None else None):
+            if channel is not None:
+                channel.name = label
 
     async def publish(self, ports: tuple[PlanPort, ...]) -> None:
         """Forwards the ports of the host that ``ports`` have, in place of those of before.

@@ -91,7 +91,9 @@ class PlanForward(Model, frozen=True, kw_only=True):
 
 
 class PlanPort(Model, frozen=True, kw_only=True):
-    """A network adapter. ``hostname`` is what DHCP tells the guest about itself."""
+    """A network adapter. ``hostname`` is what DHCP tells the guest about itself. ``apart``: the
+    network is there, but the adapter is not plugged into it (it is needed to load what was saved of
+    it)."""
 
     mac: str
     mode: PortMode = PortMode.USER
@@ -99,6 +101,7 @@ class PlanPort(Model, frozen=True, kw_only=True):
     forwards: tuple[PlanForward, ...] = ()
     hostname: str | None = None
     boot_index: int | None = None
+    apart: bool = False
 
 
 class LogLimits(Model, frozen=True, kw_only=True):

@@ -124,13 +124,12 @@ async def save_devices(monitor: Monitor, plan: MachinePlan, path: Path) -> None:
 
 
 async def _forget_networks(monitor: Monitor, plan: MachinePlan) -> None:
-    """Takes away what is behind the network adapters, which is saved with them: libslirp's memory
-    of who had which address. A clone that asks with its new MAC would get the next one, to which
-    no forwarded port leads."""
-    for index in range(len(plan.ports)):
-        await monitor.execute("netdev_del", {"id": f"net{index}"})
-        # The cable seems pulled out now, and would be so in whatever goes on from here.
-        await monitor.execute("set_link", {"name": f"net{index}-dev", "up": True})
+    """Takes away the networks beside the adapters, so that libslirp's memory of who had which
+    address is not saved. A clone that asks with its new MAC would get the next one, to which no
+    forwarded port leads."""
+    for index, port in enumerate(plan.ports):
+        if port.apart:
+            await monitor.execute("netdev_del", {"id": f"net{index}"})
 
 
 async def _written_already(

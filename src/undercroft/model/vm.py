@@ -257,7 +257,8 @@ class VMStatus(Model, frozen=True, kw_only=True):
     """What a VM is. ``agent`` tells whether the guest agent answers (None: not known);
     ``restarts`` counts automatic restarts since a user last started it; ``snapshot`` is the id of
     the snapshot that its present state comes from; ``shares``: what of its identity is still that
-    of the VM that it was cloned from."""
+    of the VM that it was cloned from; ``held``: the template (an id) from which it is ready to go
+    on."""
 
     state: VMState = VMState.CREATING
     uid: int | None = None  # what its QEMU runs as, for as long as the VM exists
@@ -269,6 +270,7 @@ class VMStatus(Model, frozen=True, kw_only=True):
     snapshot: str | None = None
     identity: Identity = Identity.OWN
     shares: tuple[str, ...] = ()
+    held: str | None = None
     message: str | None = None
 
 

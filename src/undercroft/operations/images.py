@@ -172,7 +172,7 @@ class ImageOperations:
             users: list[VM | Template | Volume] = [
                 v.record
                 for v in (await store.list(VM)).items
-                if v.record.spec.image == image.meta.id
+                if v.record.spec.image == image.meta.id and not v.record.spec.passing
             ]
             made = [
                 t

@@ -87,6 +87,9 @@ class HostServices(Protocol):
     async def samples(self) -> Sequence[VMSample]:
         """Measurements of all running VMs."""
 
+    def held(self, template: str) -> Sequence[str]:
+        """The VMs (ids) that are held ready on a template (an id), or were until just now."""
+
     async def measure(self, *, now: bool = False) -> Mapping[str, int]:
         """Bytes on the host that the file of each layer takes, by the layer's id; what volumes
         take, and how full datastores are, is written down as well where it has changed. A moment

@@ -12,6 +12,7 @@ from undercroft.model.errors import CompactedError, StaleError
 from undercroft.model.task import Task
 from undercroft.operations.access import Caller
 from undercroft.operations.context import ATTEMPTS, Context, find
+from undercroft.operations.held import POOL
 from undercroft.store.interface import Check, Listing, Put, Transaction, Versioned
 
 
@@ -27,9 +28,11 @@ class TaskOperations:
         return await find(self._context.store, Task, id)
 
     async def list(self, caller: Caller) -> Listing[Task]:
-        """All tasks that are still remembered."""
+        """All tasks that are still remembered, but those of the pool of VMs held ready."""
         caller.require("task.view")
-        return await self._context.store.list(Task)
+        listing = await self._context.store.list(Task)
+        items = [item for item in listing.items if item.record.spec.by != POOL.name]
+        return Listing(items, listing.revision)
 
     async def wait(self, caller: Caller, id: str, timeout: float) -> Versioned[Task]:
         """The task once it is final, or as it is after ``timeout`` seconds."""

@@ -35,10 +35,11 @@ from undercroft.operations.context import (
 )
 from undercroft.operations.datastores import place, place_checks
 from undercroft.operations.freezing import freezing_task
+from undercroft.operations.held import find_held
 from undercroft.operations.vm_create import assign_host_ports, port_claim
 from undercroft.operations.vm_power import check_present
 from undercroft.operations.volume_use import check_settled
-from undercroft.store.interface import Check, Claim, Put, Transaction
+from undercroft.store.interface import Check, Claim, Put, Release, Transaction
 
 MOST = 1000  # clones of one request
 _NAME_ROOM = 58  # of the 63 characters that a name may have; the rest is for the number
@@ -219,9 +220,18 @@ async def _write(
         checks.append(Check(Image, image, found.revision))
     ports = await _ports(context, source.shape.ports, len(names))
     tasks: list[Task] = []
+    releases: list[Release] = []
+    waiting = set[str]()  # those that were found
     for name, own in zip(names, ports, strict=True):
         datastore = where.record.meta.id if where is not None else None
         vm, volumes = _compose(context, source, request, mode, name, own, datastore)
+        if mode is CloneMode.INSTANT and source.making is None:
+            held = await find_held(context, source.template, volumes, waiting)
+            if held is not None:
+                vm, volumes = held.become(vm, volumes)
+                own = vm.spec.ports
+                checks += held.checks
+                releases += held.releases
         macs = {old.mac: new.mac for old, new in zip(source.shape.ports, own, strict=True)}
         arguments: dict[str, object] = {
             "template": source.template,
@@ -246,7 +256,9 @@ async def _write(
         ]
         tasks.append(task)
     try:
-        await context.store.transact(Transaction(checks=checks, claims=claims, puts=puts))
+        await context.store.transact(
+            Transaction(checks=checks, claims=claims, releases=releases, puts=puts)
+        )
     except AlreadyExistsError as taken:
         what = str(taken.data.get("name", ""))
         if str(taken.data.get("scope", "")).startswith("port/") or what not in request.names:

@@ -40,6 +40,7 @@ from undercroft.model.volume import Volume
 from undercroft.operations.access import Caller
 from undercroft.operations.context import Context, find, new_event, new_task, scope
 from undercroft.operations.datastores import place_checks, place_id, place_new
+from undercroft.operations.held import find_held
 from undercroft.operations.vm_disks import NewDisks, new_disks
 from undercroft.operations.warm import find_warm, going_on, warm_key
 from undercroft.store.interface import Check, Claim, Put, Transaction, Versioned
@@ -78,7 +79,12 @@ async def create(context: Context, caller: Caller, request: VMCreate) -> Task:
         template = await find_warm(context, warm) if warm is not None else None
         if warm is not None:
             arguments["warm"] = warm
+        made, held = disks.made, None
         if template is not None:
+            if not any(port.mac for port in request.ports or ()):
+                held = await find_held(context, template.record.meta.id, made, skip=set())
+            if held is not None:
+                vm, made = held.become(vm, made)
             arguments |= going_on(template.record, vm)
         task = new_task(context, "vm.create", vm, caller.name, **arguments)
         vm = msgspec.structs.replace(vm, tasks=(task.meta.id,))
@@ -88,16 +94,20 @@ async def create(context: Context, caller: Caller, request: VMCreate) -> Task:
         puts = [Put(vm), Put(task), Put(event)]
         claims = [Claim(scope("vm", vm.meta.project), name, vm.meta.id)]
         claims += [Claim(*port_claim(context.host, forward), vm.meta.id) for forward in forwards]
-        puts += [Put(volume) for volume in disks.made]
+        puts += [Put(volume) for volume in made]
         puts += [Put(taken.record) for taken in disks.taken]
-        claims += [Claim(scope("volume"), v.meta.name, v.meta.id) for v in disks.made]
+        claims += [Claim(scope("volume"), v.meta.name, v.meta.id) for v in made]
         checks = [Check(Image, image.record.meta.id, image.revision)] if image is not None else []
         checks += [Check(Volume, taken.record.meta.id, taken.revision) for taken in disks.taken]
         if template is not None:
             checks.append(Check(Template, template.record.meta.id, template.revision))
         checks += place_checks(where)
+        checks += held.checks if held is not None else []
+        releases = held.releases if held is not None else []
         try:
-            await context.store.transact(Transaction(checks=checks, claims=claims, puts=puts))
+            await context.store.transact(
+                Transaction(checks=checks, claims=claims, releases=releases, puts=puts)
+            )
         except AlreadyExistsError as taken:
             if _is_ours_to_choose(taken, request) and attempt < 19:
                 continue

@@ -12,21 +12,35 @@ from typing import Any
 
 from undercroft.model.vm import Guest
 
-__all__ = ["seed_files", "write_seed"]
+__all__ = ["rewrite_seed", "seed_files", "write_seed"]
 
 _LABEL = "cidata"
 _BOUNDARY = "==undercroft-user-data=="
 
 
-async def write_seed(path: Path, *, instance_id: str, hostname: str, guest: Guest) -> None:
+async def write_seed(
+    path: Path, *, instance_id: str, hostname: str, guest: Guest, room: int = 0
+) -> None:
     """Writes the seed as an ISO 9660 image with Joliet and Rock Ridge names, labelled ``cidata``;
-    atomically, so that a crash leaves the old one or the new one.
+    atomically, so that a crash leaves the old one or the new one. The file has ``room`` bytes, or
+    as many as it needs.
 
     Raises:
         OSError: it cannot be written.
     """
     files = seed_files(instance_id, hostname, guest)
-    await asyncio.to_thread(_write_iso, path, files)
+    await asyncio.to_thread(_write_iso, path, files, room)
+
+
+async def rewrite_seed(path: Path, *, instance_id: str, hostname: str, guest: Guest) -> bool:
+    """Writes another seed over one that a machine has open, and whose size it believes in. Whether
+    there was room for it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    files = seed_files(instance_id, hostname, guest)
+    return await asyncio.to_thread(_overwrite_iso, path, files)
 
 
 def seed_files(instance_id: str, hostname: str, guest: Guest) -> dict[str, bytes]:
@@ -96,7 +110,31 @@ def _multipart(parts: tuple[str, ...]) -> str:
     return "\n".join(lines)
 
 
-def _write_iso(path: Path, files: dict[str, bytes]) -> None:
+def _write_iso(path: Path, files: dict[str, bytes], room: int) -> None:
+    half = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+    try:
+        with half.open("wb") as file:
+            os.fchmod(file.fileno(), 0o600)
+            file.write(_iso(files))
+            file.truncate(max(file.tell(), room))
+            file.flush()
+            os.fsync(file.fileno())
+        half.rename(path)
+    finally:
+        half.unlink(missing_ok=True)
+
+
+def _overwrite_iso(path: Path, files: dict[str, bytes]) -> bool:
+    content = _iso(files)
+    with path.open("r+b") as file:
+        size = os.fstat(file.fileno()).st_size
+        if len(content) > size:
+            return False
+        file.write(content.ljust(size, b"\0"))
+        return True
+
+
+def _iso(files: dict[str, bytes]) -> bytes:
     import pycdlib  # heavy, and only needed here
 
     iso = pycdlib.PyCdlib()
@@ -110,14 +148,7 @@ def _write_iso(path: Path, files: dict[str, bytes]) -> None:
             rr_name=name,
             joliet_path=f"/{name}",
         )
-    half = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
-    try:
-        with half.open("wb") as file:
-            os.fchmod(file.fileno(), 0o600)
-            iso.write_fp(file)
-            file.flush()
-            os.fsync(file.fileno())
-        half.rename(path)
-    finally:
-        half.unlink(missing_ok=True)
-        iso.close()
+    content = io.BytesIO()
+    iso.write_fp(content)
+    iso.close()
+    return content.getvalue()

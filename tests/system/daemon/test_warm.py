@@ -40,7 +40,13 @@ def test_the_second_of_a_kind_does_not_boot(warming: Installation) -> None:
     assert [vm.meta.name for vm in client.vms.list()] == ["a1"]
     until(lambda: len(warming.processes()) == 1, "only a1 runs")
     for name in ("a2", "a3"):
+        if name == "a3":  # one that was made ready meanwhile, as nobody's
+            until(lambda: len(warming.processes()) == 4, "two are held ready")
+            until(lambda: len(client.vms.list()) == 2, "they are not shown")
+        before = set(warming.processes())
         vm = warming.run(name, disk=1 << 30, ready=False)
+        assert vm.status.instance is not None
+        assert (vm.status.instance.pid in before) is (name == "a3")
         assert vm.status.agent, "it is there at once"
         assert vm.status.identity is Identity.OWN, vm.status.shares
         # What a1's user did is a1's: they go on from a boot that was nobody's.
@@ -49,6 +55,9 @@ def test_the_second_of_a_kind_does_not_boot(warming: Installation) -> None:
     assert (a2[0], a3[0]) == ("a2", "a3")
     assert not set(a2) & set(a3)
     assert not set(a2) & set(identity(warming, "a1"))
+    # With its new MAC it gets the address to which forwarded ports lead.
+    lease = warming.shell("a2", "udhcpc -i eth0 -n -q -s /bin/true 2>&1")
+    assert "lease of 10.0.2.15" in lease
     # It survives being switched off and on.
     warming.finish(client.vms.restart("a2", OFF))
     # A template that is broken is given up, and the VM boots.

@@ -84,6 +84,9 @@ class FakeHost(Repositories):
     repaired: list[bool] = field(default_factory=list)
     began: asyncio.Event = field(default_factory=asyncio.Event)  # a program has been started
 
+    def held(self, template: str) -> list[str]:
+        return []
+
     async def exec(self, vm: VM, request: ExecRequest) -> ExecResult:
         if request.argv[0] == "break":
             raise KeyError("a secret of the inside")

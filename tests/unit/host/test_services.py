@@ -89,7 +89,7 @@ def local(rig: Rig) -> LocalHost:
     def machine_of(id: str) -> Any:
         return rig.actor(id).machine
 
-    return LocalHost(rig.environment, machine_of, check)
+    return LocalHost(rig.environment, machine_of, check, lambda template: [])
 
 
 async def test_samples_leave_out_what_does_not_answer(rig: Rig) -> None:

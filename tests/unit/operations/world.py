@@ -64,6 +64,7 @@ class Services(Repositories):
 
     def __init__(self, tmp: Path) -> None:
         self.calls: list[tuple[Any, ...]] = []
+        self.holding: dict[str, list[str]] = {}
         self._tmp = tmp
         self.uploads: dict[str, bytes] = {}
         self.examined = Examined(Appliance(name="Old Server"), None, "x86_64")
@@ -100,6 +101,9 @@ class Services(Repositories):
 
     async def samples(self) -> Sequence[VMSample]:
         return []
+
+    def held(self, template: str) -> Sequence[str]:
+        return self.holding.get(template, [])
 
     async def measure(self, *, now: bool = False) -> Mapping[str, int]:
         return {}

@@ -30,6 +30,15 @@ class UserNetwork:
             parts.append(f"hostname={escape(self.port.hostname)}")
         parts += [f"hostfwd={escape(forward_rule(forward))}" for forward in self.port.forwards]
         line.add("-netdev", ",".join(parts))
+        if self.port.apart:
+            line.add(
+                "-netdev", f"hubport,id={_adapter_end(self.port, self.index)},hubid={self.index}"
+            )
+
+
+def _adapter_end(port: PlanPort, index: int) -> str:
+    """What an adapter is plugged into: the network, or a hub that nobody else is plugged into."""
+    return f"idle{index}" if port.apart else f"net{index}"
 
 
 def forward_rule(forward: PlanForward) -> str:
@@ -53,7 +62,7 @@ class NetworkAdapter:
         slot = nic_slot(self.index, self.count)
         values: dict[str, object] = {
             "id": f"net{self.index}-dev",
-            "netdev": f"net{self.index}",
+            "netdev": _adapter_end(self.port, self.index),
             "mac": self.port.mac,
             "bootindex": self.port.boot_index,
         }
