@@ -69,6 +69,9 @@ class Create(Command):
         parser.add_argument(
             "--quiesce", action="store_true", help="file systems in order first, by its agent"
         )
+        parser.add_argument(
+            "--decrypt", action="store_true", help="encrypted disks, too: in the clear"
+        )
         parser.add_argument("-d", "--description", default="", metavar="TEXT", help="what for")
         _no_wait(parser)
 
@@ -83,6 +86,7 @@ class Create(Command):
             "repository": repository(croft, args.to, "--to DIR"),
             "full": args.full,
             "quiesce": args.quiesce,
+            "decrypt": args.decrypt,
             "description": args.description,
         }
         return act(

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from undercroft.cli.command import Command, Namespace, Parser, label, size
+from undercroft.cli.command import (
+    Command,
+    Namespace,
+    Parser,
+    add_encryption,
+    encryption,
+    label,
+    size,
+)
 from undercroft.cli.errors import OK, UsageError, ours
 from undercroft.cli.output import dig, elapsed
 from undercroft.cli.progress import failed, report_failures, wait
@@ -52,6 +60,7 @@ class Clone(Command):
         parser.add_argument(
             "--datastore", metavar="DATASTORE", help="for their disks (default: the source's)"
         )
+        add_encryption(parser)
         parser.add_argument("--hostname", metavar="NAME", help="(default: the VM's name)")
         parser.add_argument(
             "-l", "--label", action="append", type=label, metavar="KEY=VALUE", help="a label"
@@ -102,6 +111,7 @@ def _request(args: Namespace) -> dict[str, Any]:
         body["start"] = True
     if args.quiesce:
         body["quiesce"] = True
+    body |= encryption(args)
     if args.label:
         body["labels"] = dict(args.label)
     return body

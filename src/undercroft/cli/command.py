@@ -212,3 +212,23 @@ def add_names(parser: Parser, what: str = "VM", plural: bool = True) -> None:
         parser.add_argument("names", metavar=what, nargs="+", help=noun)
     else:
         parser.add_argument("name", metavar=what, help=noun)
+
+
+def add_encryption(parser: Parser) -> None:
+    """Whether a copy is encrypted: as its source is, unless it is said."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--encrypt", dest="encrypted", action="store_const", const=True, help="encrypt it"
+    )
+    group.add_argument(
+        "--decrypt",
+        dest="encrypted",
+        action="store_const",
+        const=False,
+        help="a full copy of what is encrypted, in the clear",
+    )
+
+
+def encryption(args: Namespace) -> dict[str, bool]:
+    """What of that goes into a request."""
+    return {} if args.encrypted is None else {"encrypted": args.encrypted}

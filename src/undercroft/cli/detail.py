@@ -263,6 +263,8 @@ def volume_detail(croft: Croft, volume: Any) -> str:
     pairs: Pairs = [
         ("size", size(dig(volume, "spec.size"))),
         ("on this host", size(dig(volume, "status.allocated"))),
+        ("encrypted", "with a key of its own" if dig(volume, "spec.encrypted") else ""),
+        ("datastore", _name(croft, "datastores", dig(volume, "status.datastore"))),
         ("image", _name(croft, "images", dig(volume, "spec.image"))),
         ("vm", _name(croft, "vms", dig(volume, "spec.attached") or dig(volume, "spec.vm"))),
         ("limits", _limits(dig(volume, "spec.limits", {}))),

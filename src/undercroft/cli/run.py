@@ -66,6 +66,7 @@ class Run(Command):
             help="a volume that it is to have as well; several times",
         )
         shape.add_argument("--datastore", metavar="DATASTORE", help="where its disks are kept")
+        shape.add_argument("--encrypt", action="store_true", help="encrypt its disks")
         shape.add_argument(
             "--restart", choices=("never", "on-failure", "always"), help="start again by itself?"
         )
@@ -196,6 +197,8 @@ def _request(args: Namespace) -> dict[str, Any]:
         request["volumes"] = args.volume
     if args.cold:
         request["cold"] = True
+    if args.encrypt:
+        request["encrypt"] = True
     if args.secure_boot:
         request["secure_boot"] = True
     if args.tpm:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from undercroft.cli.command import Command, Namespace, Parser, add_names
+from undercroft.cli.command import Command, Namespace, Parser, add_encryption, add_names, encryption
 from undercroft.cli.command import size as to_size
 from undercroft.cli.errors import OK
 from undercroft.cli.output import Table, dig, size
@@ -37,6 +37,7 @@ class Clone(Command):
         parser.add_argument(
             "--datastore", metavar="DATASTORE", help="where (default: beside its source)"
         )
+        add_encryption(parser)
         parser.add_argument(
             "--no-wait", action="store_true", help="only ask for it; print the task's id"
         )
@@ -48,6 +49,7 @@ class Clone(Command):
         for name in ("size", "datastore"):
             if getattr(args, name) is not None:
                 body[name] = getattr(args, name)
+        body |= encryption(args)
         kind = "full" if args.full else "linked"
         return act(
             croft,

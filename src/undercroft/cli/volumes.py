@@ -24,6 +24,7 @@ class Create(Command):
         ("croft volume create data1 --size 20G", "an empty one"),
         ("croft volume create root2 --from debian:12", "one that begins as an image"),
         ("croft volume create db --size 50G --preallocate", "with all its room taken now"),
+        ("croft volume create safe --size 20G --encrypt", "encrypted, with a key of its own"),
     )
 
     def arguments(self, parser: Parser) -> None:
@@ -34,6 +35,9 @@ class Create(Command):
         )
         parser.add_argument(
             "--preallocate", action="store_true", help="take all its room on the host now"
+        )
+        parser.add_argument(
+            "--encrypt", action="store_true", help="unreadable for who has only the disk it is on"
         )
         parser.add_argument(
             "--format", choices=("qcow2", "raw"), help="of the file (default: qcow2)"
@@ -49,7 +53,7 @@ class Create(Command):
     def run(self, croft: Croft, args: Namespace) -> int:
         from undercroft.cli.power import act
 
-        names = ("name", "size", "source", "preallocate", "format", "datastore")
+        names = ("name", "size", "source", "preallocate", "encrypt", "format", "datastore")
         body = {
             name: value for name in names if (value := getattr(args, name)) not in (None, False)
         }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
 from undercroft.host.datastores import layer_file
 from undercroft.host.environment import Environment
-from undercroft.host.layers import get_layer, head_layer
+from undercroft.host.layers import get_layer, head_layer, layer_key
 from undercroft.host.outcome import TaskRun
 from undercroft.model.errors import InvalidError
 from undercroft.model.layer import Layer
@@ -34,11 +35,13 @@ async def grow(environment: Environment, volume: Volume, size: int, *, file: boo
             f"{volume.label} has {format_size(layer.spec.size)} already", object=volume.label
         )
     if file:
+        key = await layer_key(environment, layer)
         await resize_volume(
             await layer_file(environment, layer),
             size,
             format=layer.spec.format.value,
             preallocate=layer.spec.preallocated,
+            key=Path(key) if key is not None else None,
         )
     await update(environment.store, Layer, layer.meta.id, lambda old: sized(old, size))
     await update(environment.store, Volume, volume.meta.id, lambda old: sized(old, size))

@@ -11,6 +11,7 @@ import msgspec
 
 from undercroft.host.environment import Environment
 from undercroft.host.imaging import reported
+from undercroft.host.layers import get_layer
 from undercroft.host.marks import checkpoints_of
 from undercroft.host.outcome import TaskRun
 from undercroft.host.reading import DiskReader, with_disk
@@ -97,7 +98,8 @@ class Backing:
             made = await with_disk(
                 self.environment, self.vm, self.checkpoint, index, since if old else None, work
             )
-            self._disks.append(made)
+            layer = await get_layer(self.environment, disk.layer)
+            self._disks.append(msgspec.structs.replace(made, encrypted=layer.spec.encrypted))
             before += disk.size
         self._files = await self._put_files(sink, where)
 

@@ -65,7 +65,7 @@ async def make_clone(actor: VMActor, vm: VM, run: TaskRun) -> Template:
     await in_thread(lambda _: copy_besides(source, environment.vm_directory(vm.meta.id)))
     for index, disk in enumerate(vm.spec.disks):
         below = template.status.disks[index].layer
-        await _begin_on(environment, disk.volume, below, template)
+        await _begin_on(environment, disk.volume, below, template, run.arguments.get("encrypted"))
     if run.arguments.get("mode") == CloneMode.FULL:
         await flatten(actor, vm, run)
     for disk in vm.spec.disks:
@@ -78,8 +78,11 @@ async def make_clone(actor: VMActor, vm: VM, run: TaskRun) -> Template:
     return template
 
 
-async def _begin_on(environment: Environment, id: str, below: str, template: Template) -> None:
-    """Gives a volume a first layer, empty, that lies on a frozen one."""
+async def _begin_on(
+    environment: Environment, id: str, below: str, template: Template, encrypted: bool | None
+) -> None:
+    """Gives a volume a first layer, empty, that lies on a frozen one; ``encrypted`` None: if that
+    is."""
     found = await environment.store.get(Volume, id)
     held = await environment.store.get(Template, template.meta.id)
     if found is None or held is None:
@@ -91,7 +94,15 @@ async def _begin_on(environment: Environment, id: str, below: str, template: Tem
     volume = sized(volume, size)  # its source may have grown since it was asked for
     # If it was begun before, by a daemon that died over that, it begins anew: what the layer has,
     # and what it lies on by now, is not what it began with.
-    layer = new_layer(environment, size, parent=parent, datastore=volume.spec.datastore)
+    layer = new_layer(
+        environment,
+        size,
+        parent=parent,
+        datastore=volume.spec.datastore,
+        encrypted=volume.spec.encrypted or encrypted,
+    )
+    spec = msgspec.structs.replace(volume.spec, encrypted=layer.spec.encrypted)
+    volume = msgspec.structs.replace(volume, spec=spec)
     await environment.store.transact(
         Transaction(
             checks=[

@@ -94,6 +94,9 @@ async def open_datastores(environment: Environment) -> None:
             status = msgspec.structs.replace(status, state=DatastoreState.READY)
             record = msgspec.structs.replace(item.record, status=status)
             await store.transact(Transaction(puts=[Put(record)]))
+    for name in await asyncio.to_thread(environment.keys.known):
+        if not name.startswith("layer-"):  # of a disk that was being restored
+            await asyncio.to_thread(environment.keys.remove, name)
     if any(item.record.spec.builtin for item in found):
         return
     path = environment.directory.volumes

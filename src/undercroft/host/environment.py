@@ -11,6 +11,7 @@ from pathlib import Path
 
 from undercroft.hypervisor.emulator import Emulator, find_emulator
 from undercroft.model.snapshot import Snapshot
+from undercroft.storage.keys import Keys
 from undercroft.store.datadir import DataDirectory
 from undercroft.store.interface import Store
 
@@ -80,6 +81,11 @@ class Environment:
     def layer_path(self, id: str) -> Path:
         """The file of a layer."""
         return self.directory.layer(id)
+
+    @property
+    def keys(self) -> Keys:
+        """The keys of encrypted layers."""
+        return Keys(self.directory.keys)
 
     def snapshot_directory(self, snapshot: Snapshot) -> Path:
         """What belongs to a snapshot besides the layers of its disks."""

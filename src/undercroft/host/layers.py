@@ -21,6 +21,8 @@ from undercroft.model.names import new_id
 from undercroft.model.snapshot import Snapshot, SnapshotState
 from undercroft.model.template import Template
 from undercroft.model.volume import Volume
+from undercroft.storage.keys import read_key
+from undercroft.storage.volumes import LayerFile
 from undercroft.store.interface import Check, Delete, Put, Transaction, update
 
 
@@ -33,12 +35,15 @@ def new_layer(
     preallocated: bool = False,
     format: LayerFormat = LayerFormat.QCOW2,
     datastore: str | None = None,
+    encrypted: bool | None = None,
 ) -> Layer:
     """A layer of this host that has no file yet; beside its ``parent``, unless another
-    ``datastore`` (an id) is given."""
+    ``datastore`` (an id) is given, and encrypted if that is, unless it is said."""
     id = new_id("layer")
     if datastore is None and parent is not None:
         datastore = parent.spec.datastore
+    if encrypted is None:
+        encrypted = parent is not None and parent.spec.encrypted
     return Layer(
         meta=Meta(id=id, name=id, created=environment.clock()),
         spec=LayerSpec(
@@ -49,6 +54,7 @@ def new_layer(
             preallocated=preallocated,
             format=format,
             datastore=datastore,
+            encrypted=encrypted,
         ),
     )
 
@@ -110,6 +116,7 @@ async def head_layer(environment: Environment, id: str) -> str:
             preallocated=spec.preallocated,
             format=spec.format,
             datastore=spec.datastore,
+            encrypted=spec.encrypted,
         )
         wanted = volume_status(volume, head=layer.meta.id)
         with contextlib.suppress(StaleError):
@@ -137,6 +144,8 @@ async def plan_layers(environment: Environment, head: str, index: int) -> tuple[
             path=str(await layer_file(environment, layer)),
             format=DiskFormat(layer.spec.format.value),
             node=node_name(layer.meta.id, index),
+            key=await layer_key(environment, layer),
+            thin=not layer.spec.preallocated,
         )
         for layer in layers
     ]
@@ -145,6 +154,31 @@ async def plan_layers(environment: Environment, head: str, index: int) -> tuple[
         node = node_name(layers[-1].spec.image, index)
         planned.append(DiskLayer(path=str(path), format=format, node=node))
     return tuple(planned)
+
+
+async def layer_key(environment: Environment, layer: Layer) -> str | None:
+    """The path of the key of a layer; None: it is not encrypted.
+
+    Raises:
+        DataError: it is gone.
+    """
+    if not layer.spec.encrypted:
+        return None
+    path = environment.keys.path(layer.meta.id)
+    await asyncio.to_thread(read_key, path)
+    return str(path)
+
+
+async def layer_files(environment: Environment, head: str) -> list[LayerFile]:
+    """The files of a chain as tools are to be told of them, from the top down.
+
+    Raises:
+        DataError: a layer, its key, or the image at the bottom is gone.
+    """
+    return [
+        LayerFile(Path(one.path), one.format.value, Path(one.key) if one.key else None)
+        for one in await plan_layers(environment, head, 0)
+    ]
 
 
 async def image_disk(environment: Environment, id: str) -> tuple[Path, DiskFormat]:
@@ -189,12 +223,14 @@ async def make_layer(
         elif layer.spec.image is not None:
             base = await image_disk(environment, layer.spec.image)
         store = await driver(environment, layer.spec.datastore)
+        key = await asyncio.to_thread(environment.keys.make, id) if layer.spec.encrypted else None
         await store.make(
             path.name,
             layer.spec.size,
             format=layer.spec.format.value,
             base=base,
             preallocate=layer.spec.preallocated,
+            key=key,
             progress=progress,
             marks=marks,
         )
@@ -294,6 +330,8 @@ async def collect_layers(environment: Environment) -> None:
             gone = []
             for layer in unneeded:
                 try:
+                    if layer.spec.encrypted:  # from now on it is only noise
+                        await asyncio.to_thread(environment.keys.remove, layer.meta.id)
                     store = await driver(environment, layer.spec.datastore)
                     await store.remove(file_name(layer))
                 except UnavailableError:  # it is removed when its datastore is there again

@@ -189,6 +189,8 @@ async def plan_disk(
         format=top.format,
         node=top.node,
         backing=tuple(backing),
+        key=top.key,
+        thin=top.thin,
         bus=disk.bus,
         read_only=disk.read_only,
         serial=volume.meta.id.removeprefix("vol-"),

@@ -146,6 +146,7 @@ class Restoring:
         self._lock.close()
         for path in self._made:
             await asyncio.to_thread(path.unlink, missing_ok=True)
+            await asyncio.to_thread(self._environment.keys.remove, path.name)
 
     def get(self, digest: bytes) -> bytes:
         """A content of the repository."""
@@ -175,8 +176,16 @@ class Restoring:
         store = await driver(environment, await _datastore(environment, volume))
         path = store.half()
         self._made.append(path)
-        await create_volume(path, disk.size, tmp=path.parent)
-        layer = DiskLayer(path=str(path), format=DiskFormat.QCOW2, node=f"restored{index}")
+        key: Path | None = None
+        if volume is not None and volume.record.spec.encrypted:
+            key = await asyncio.to_thread(environment.keys.make, path.name)
+        await create_volume(path, disk.size, tmp=path.parent, key=key)
+        layer = DiskLayer(
+            path=str(path),
+            format=DiskFormat.QCOW2,
+            node=f"restored{index}",
+            key=str(key) if key is not None else None,
+        )
         async with (
             reported(self._run) as report,
             serving(environment, self._vm, [layer], write=True) as export,
@@ -202,10 +211,17 @@ async def _become(environment: Environment, volume: str, path: Path, size: int) 
     found = await environment.store.get(Volume, volume)
     if found is None:
         raise DataError(f"the record of volume {volume} is gone", object=f"volume {volume}")
-    layer = new_layer(environment, size, datastore=await _datastore(environment, found))
+    layer = new_layer(
+        environment,
+        size,
+        datastore=await _datastore(environment, found),
+        encrypted=found.record.spec.encrypted,
+    )
     store = await driver(environment, layer.spec.datastore)
     async with environment.layers_lock:  # nobody must find it without use
         await environment.store.transact(Transaction(puts=[Put(layer)]))
+        if layer.spec.encrypted:
+            await asyncio.to_thread(environment.keys.copy, path.name, layer.meta.id)
         await store.adopt(path, file_name(layer))
         wanted = volume_status(found.record, head=layer.meta.id, state=VolumeState.READY)
         spec = msgspec.structs.replace(wanted.spec, size=size, image=None)

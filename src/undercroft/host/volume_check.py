@@ -59,8 +59,12 @@ async def check_volumes(environment: Environment, repair: bool) -> CheckReport:
             if await store.get(Layer, id) is not None:
                 what = f"the file of {id} is gone: {_concerns(uses, id, volumes)}"
                 findings.append(_finding("missing-layer", what, id, path))
+        elif layer.spec.encrypted and not environment.keys.path(id).exists():
+            what = f"the key of {id} is gone: {_concerns(uses, id, volumes)}"
+            findings.append(_finding("missing-key", what, id, environment.keys.path(id)))
         elif id not in busy and layer.spec.format is LayerFormat.QCOW2:
-            findings += await _inside(path, id, uses, volumes, repair)
+            key = environment.keys.path(id) if layer.spec.encrypted else None
+            findings += await _inside(path, key, id, uses, volumes, repair)
     for volume in volumes:
         if volume.spec.vm is not None and volume.spec.vm not in vms:
             findings.append(await _ownerless(environment, volume, repair))
@@ -152,13 +156,13 @@ def _beneath(
 
 
 async def _inside(
-    path: Path, id: str, uses: Uses, volumes: list[Volume], repair: bool
+    path: Path, key: Path | None, id: str, uses: Uses, volumes: list[Volume], repair: bool
 ) -> list[CheckFinding]:
     found = []
-    for problem in await check_volume(path):
+    for problem in await check_volume(path, key=key):
         leak = "leaked" in problem
         if leak and repair:
-            left = await check_volume(path, repair=True)
+            left = await check_volume(path, key=key, repair=True)
             found.append(
                 CheckFinding(
                     code="leaked-clusters",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,16 +17,16 @@ from undercroft.host.layers import (
     collect_layers,
     get_layer,
     head_layer,
+    layer_files,
     make_layer,
     new_layer,
-    plan_layers,
     volume_status,
 )
 from undercroft.host.merging import flatten_disk
 from undercroft.host.outcome import TaskRun, change_status, finish
 from undercroft.host.snapshots import forget, taken
 from undercroft.model.errors import DataError, UndercroftError
-from undercroft.model.layer import Layer, LayerState
+from undercroft.model.layer import Layer, LayerFormat, LayerState
 from undercroft.model.names import new_id
 from undercroft.model.task import Task
 from undercroft.model.vm import VM
@@ -83,6 +82,7 @@ async def branch_off(environment: Environment, source: Volume, clone: str) -> Vo
         parent=on,
         image=image,
         datastore=spec.datastore or head.spec.datastore,
+        encrypted=spec.encrypted or head.spec.encrypted,
     )
     branched = volume_status(made.record, head=layer.meta.id)
     await environment.store.transact(
@@ -109,7 +109,7 @@ async def _untouched(environment: Environment, head: Layer) -> bool:
         length = (await asyncio.to_thread(path.stat)).st_size
     except FileNotFoundError:
         return False
-    return length == empty_size(head.spec.size)
+    return length == empty_size(head.spec.size, encrypted=head.spec.encrypted)
 
 
 async def clone_attached(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
@@ -129,6 +129,7 @@ async def clone_attached(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
                 found.record.spec.size,
                 parent=await get_layer(environment, below),
                 datastore=found.record.spec.datastore,
+                encrypted=found.record.spec.encrypted or None,
             )
             made = volume_status(found.record, head=layer.meta.id)
             await environment.store.transact(
@@ -218,22 +219,30 @@ async def flatten(environment: Environment, volume: Volume, run: TaskRun) -> Vol
     if id is None:
         id = new_id("layer")
         await run.checkpoint(**{FLATTENED: id})
-    layer = new_layer(environment, volume.spec.size, datastore=head.spec.datastore)
+    layer = new_layer(
+        environment,
+        volume.spec.size,
+        datastore=head.spec.datastore,
+        encrypted=volume.spec.encrypted,
+    )
     layer = msgspec.structs.replace(layer, meta=msgspec.structs.replace(layer.meta, id=id, name=id))
     store = await driver(environment, layer.spec.datastore)
     name = file_name(layer)
     await store.remove(name)  # a daemon died over it
-    planned = [
-        (Path(one.path), one.format.value)
-        for one in await plan_layers(environment, head.meta.id, 0)
-    ]
-    whole = await _only(environment, head, planned)
+    files = await layer_files(environment, head.meta.id)
+    whole = await _only(environment, head, layer)
+    key: Path | None = None
+    if layer.spec.encrypted:
+        if whole is not None:
+            await asyncio.to_thread(environment.keys.copy, whole.meta.id, id)
+        key = await asyncio.to_thread(environment.keys.make, id)
     async with reported(run) as report:
         await store.copy(
-            planned if whole is None else [whole],
+            files if whole is None else files[1:],
             name,
             volume.spec.size,
             whole=whole is not None,
+            key=key,
             progress=lambda done: report(done, "copying the disk"),
         )
     status = msgspec.structs.replace(layer.status, state=LayerState.READY)
@@ -255,15 +264,15 @@ async def flatten(environment: Environment, volume: Volume, run: TaskRun) -> Vol
     return wanted
 
 
-async def _only(
-    environment: Environment, head: Layer, planned: Sequence[tuple[Path, str]]
-) -> tuple[Path, str] | None:
-    """The one file that has all that a chain shows, if it can be copied as it is."""
-    if len(planned) != 2 or planned[1][1] != "qcow2" or head.spec.parent is None:
+async def _only(environment: Environment, head: Layer, layer: Layer) -> Layer | None:
+    """The one layer that has all that a chain shows, if its file can be copied as it is."""
+    if head.spec.parent is None or not await _untouched(environment, head):
         return None
     bottom = await get_layer(environment, head.spec.parent)
-    same = bottom.spec.size == head.spec.size
-    return planned[1] if same and await _untouched(environment, head) else None
+    spec = bottom.spec
+    alike = (spec.size, spec.encrypted) == (layer.spec.size, layer.spec.encrypted)
+    lowest = spec.parent is None and spec.image is None and spec.format is LayerFormat.QCOW2
+    return bottom if alike and lowest and not spec.preallocated else None
 
 
 def _alone(volume: Volume) -> Volume:

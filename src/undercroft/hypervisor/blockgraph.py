@@ -10,9 +10,12 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from undercroft.hypervisor.line import Line
 from undercroft.hypervisor.plan import DiskFormat, DiskLayer, PlanDisk
 from undercroft.hypervisor.qmp import Monitor
+from undercroft.hypervisor.secret import secret_id
 
 __all__ = ["add_disk", "add_iso", "block_nodes", "hand_over", "layer_nodes"]
 
@@ -22,13 +25,15 @@ def add_disk(line: Line, name: str, disk: PlanDisk) -> str:
     write = not disk.read_only
     node = disk.node or name
     backing = _add_chain(line, name, disk.backing)
-    _add_layer(line, node, disk.path, disk.format, write=write, backing=backing)
+    top = DiskLayer(path=disk.path, format=disk.format, node=node, key=disk.key, thin=disk.thin)
+    _add_layer(line, top, write=write, backing=backing)
     return node
 
 
 def add_iso(line: Line, name: str, path: str) -> str:
     """Adds a read-only raw image."""
-    _add_layer(line, name, path, DiskFormat.RAW, write=False, backing=None)
+    iso = DiskLayer(path=path, format=DiskFormat.RAW, node=name)
+    _add_layer(line, iso, write=False, backing=None)
     return name
 
 
@@ -38,26 +43,29 @@ def _add_chain(line: Line, name: str, layers: Sequence[DiskLayer]) -> str | None
     for depth in range(len(layers), 0, -1):
         layer = layers[depth - 1]
         node = layer.node or f"{name}-base{depth}"
-        _add_layer(line, node, layer.path, layer.format, write=False, backing=below)
+        layer = msgspec.structs.replace(layer, node=node)
+        _add_layer(line, layer, write=False, backing=below)
         below = node
     return below
 
 
-def _add_layer(
-    line: Line, node: str, path: str, format: DiskFormat, *, write: bool, backing: str | None
-) -> None:
-    name = line.file(node, path, write=write)
-    for description in layer_nodes(node, name, format, write=write, backing=backing):
+def _add_layer(line: Line, layer: DiskLayer, *, write: bool, backing: str | None) -> None:
+    if layer.key is not None:
+        line.secret(layer.node, layer.key)
+    name = line.file(layer.node, layer.path, write=write)
+    for description in layer_nodes(layer, name, write=write, backing=backing):
         line.blockdev(description)
 
 
 def layer_nodes(
-    node: str, filename: str, format: DiskFormat, *, write: bool, backing: str | None
+    layer: DiskLayer | PlanDisk, filename: str, *, write: bool, backing: str | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The two nodes of a layer: ``NODE-file`` for its file, and ``NODE`` for what that holds."""
+    """The two nodes of a layer: ``NODE-file`` for its file, and ``NODE`` for what that holds. The
+    key of an encrypted one is given to QEMU before."""
+    node = layer.node
     # A format that is only nearly one of ours must not slip past the comparison below: a qcow2
     # node without its "backing" would follow what the image's header says.
-    format = DiskFormat(format)
+    format = DiskFormat(layer.format)
     file: dict[str, Any] = {
         "driver": "file",
         "node-name": f"{node}-file",
@@ -72,7 +80,9 @@ def layer_nodes(
         "file": f"{node}-file",
         "read-only": not write,
     }
-    if write:
+    if layer.key is not None:
+        top["encrypt"] = {"format": "luks", "key-secret": secret_id(node)}
+    if write and layer.thin:
         # A guest's TRIM gives the space back to the host, and a page of zeroes takes none.
         file["discard"] = "unmap"
         top["discard"] = "unmap"

@@ -14,6 +14,7 @@ from typing import Any
 from undercroft.hypervisor.blockgraph import hand_over, layer_nodes
 from undercroft.hypervisor.plan import PlanDisk, unit_of
 from undercroft.hypervisor.qmp import Monitor
+from undercroft.hypervisor.secret import give_secret, take_secret
 from undercroft.model.errors import QmpError
 
 __all__ = ["branch", "written_nodes"]
@@ -69,9 +70,8 @@ async def _open(monitor: Monitor, disk: PlanDisk) -> int:
     """Opens the new file of a disk as a node of its own; the number of its fdset."""
     number = await hand_over(monitor, disk.path, os.O_RDONLY)
     await hand_over(monitor, disk.path, os.O_RDWR, number)
-    file, top = layer_nodes(
-        disk.node, f"/dev/fdset/{number}", disk.format, write=True, backing=None
-    )
+    file, top = layer_nodes(disk, f"/dev/fdset/{number}", write=True, backing=None)
+    await give_secret(monitor, disk.node, disk.key)
     await monitor.execute("blockdev-add", file)
     await monitor.execute("blockdev-add", top)
     return number
@@ -87,3 +87,4 @@ async def _forget(monitor: Monitor, nodes: Sequence[str]) -> None:
         for name in (node, f"{node}-file"):
             if name in known:
                 await monitor.execute("blockdev-del", {"node-name": name})
+                await take_secret(monitor, name)

@@ -90,7 +90,9 @@ async def freeze(
 def _stand_in(disk: PlanDisk, work: Path, index: int) -> PlanDisk:
     """An empty disk of the same size: the guest does not run, so nothing is read or written."""
     path = str(work / f"disk{index}")
-    return msgspec.structs.replace(disk, path=path, format=DiskFormat.RAW, node="", backing=())
+    return msgspec.structs.replace(
+        disk, path=path, format=DiskFormat.RAW, node="", backing=(), key=None
+    )
 
 
 def _prepare(

@@ -20,6 +20,7 @@ from undercroft.hypervisor.emulator import Emulator
 from undercroft.hypervisor.line import Line, escape
 from undercroft.hypervisor.plan import MachinePlan, PlanDisk
 from undercroft.hypervisor.qmp import Monitor
+from undercroft.hypervisor.secret import give_secret, take_secret
 from undercroft.model.errors import QmpError, TimeLimitError, UnsupportedError
 from undercroft.model.vm import DiskBus, Machine
 from undercroft.model.volume import IOLimits
@@ -79,6 +80,10 @@ class _Recorder(Line):
         """A node to add."""
         self.steps.append(("blockdev-add", dict(node)))
 
+    def secret(self, node: str, path: str) -> None:
+        """A key to give before its node is added."""
+        self.steps.append(("object-add", {"node": node, "path": path}))
+
     def file(self, name: str, path: str, *, write: bool = False) -> str:
         """A file to hand over when its node is added."""
         self.paths[name] = (path, write)
@@ -112,6 +117,8 @@ async def plug(monitor: Monitor, plan: MachinePlan, disk: PlanDisk) -> None:
         for command, arguments in recorder.steps:
             if command == "blockdev-add":
                 await _add_node(monitor, recorder, arguments)
+            elif command == "object-add":
+                await give_secret(monitor, arguments["node"], arguments["path"])
             else:
                 await monitor.execute(command, arguments)
         if disk.limits != IOLimits():
@@ -202,6 +209,7 @@ async def _drop_nodes(monitor: Monitor, disk: PlanDisk) -> None:
         for name in (node, f"{node}-file"):
             if name in known:
                 await monitor.execute("blockdev-del", {"node-name": name})
+                await take_secret(monitor, name)
     left = await _nodes(monitor)
     sets = _sets(known.values()) - _sets(left.values())
     for number in sets:

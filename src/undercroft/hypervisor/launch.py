@@ -21,6 +21,7 @@ from undercroft.hypervisor.firmware import FirmwareFiles
 from undercroft.hypervisor.line import Handle, HandleKind
 from undercroft.hypervisor.plan import MachinePlan, decode_plan, encode_plan
 from undercroft.hypervisor.process import Process, spawn
+from undercroft.hypervisor.secret import open_secret
 from undercroft.hypervisor.tpm import start_tpm
 from undercroft.model.errors import QemuStartError
 
@@ -73,7 +74,7 @@ def launch(plan: MachinePlan, line: CommandLine, firmware: FirmwareFiles | None)
                         helpers.append(helper)
                         numbers[handle.name] = stack.enter_context(channel).fileno()
                         continue
-                    numbers[handle.name] = _open(handle, stack)
+                    numbers[handle.name] = _open(handle, stack, plan)
                     if handle.name in early:
                         connection = sockets.connect(Path(handle.path))
                         kept.callback(connection.close)
@@ -101,11 +102,15 @@ def launch(plan: MachinePlan, line: CommandLine, firmware: FirmwareFiles | None)
         raise
 
 
-def _open(handle: Handle, stack: contextlib.ExitStack) -> int:
+def _open(handle: Handle, stack: contextlib.ExitStack, plan: MachinePlan) -> int:
     """Opens what a handle stands for; closed again with the stack (QEMU has its own copy)."""
     if handle.kind is HandleKind.LISTEN:
         listener = stack.enter_context(sockets.listen(Path(handle.path)))
         return listener.fileno()
+    if handle.kind is HandleKind.KEY:
+        descriptor = open_secret(handle.path, plan.uid, plan.gid)
+        stack.callback(os.close, descriptor)
+        return descriptor
     access = os.O_RDWR if handle.kind is HandleKind.WRITE else os.O_RDONLY
     descriptor = os.open(handle.path, access | os.O_CLOEXEC)
     stack.callback(os.close, descriptor)

@@ -11,6 +11,7 @@ from typing import Any
 
 from undercroft.hypervisor.emulator import Emulator
 from undercroft.hypervisor.plan import MachinePlan
+from undercroft.hypervisor.secret import secret_id
 from undercroft.model.vm import Machine
 
 __all__ = ["Handle", "HandleKind", "Line", "escape"]
@@ -22,6 +23,7 @@ class HandleKind(StrEnum):
     READ = "read"  # a file, opened for reading
     WRITE = "write"  # a file, opened for reading and writing
     LISTEN = "listen"  # a listening unix socket at `path`
+    KEY = "key"  # of an encrypted layer, in a file that is only in memory
     TPM = "tpm"  # our end of the conversation with swtpm
 
 
@@ -132,6 +134,11 @@ class Line:
                 opaque = f"{name}:{purpose.value}"
                 self.add("-add-fd", f"fd={token},set={number},opaque={escape(opaque)}")
         return f"/dev/fdset/{number}"
+
+    def secret(self, node: str, path: str) -> None:
+        """Hands over the key of a node; what QEMU calls it is `secret_id`."""
+        token = self.handle(f"{node}.key", HandleKind.KEY, path)
+        self.option("-object", "secret", id=secret_id(node), file=f"/dev/fd/{token}", format="raw")
 
     def listener(self, name: str) -> str:
         """Hands over a listening socket ``NAME.sock`` in the run directory."""

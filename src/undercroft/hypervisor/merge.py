@@ -23,6 +23,7 @@ from undercroft.hypervisor.emulator import Emulator
 from undercroft.hypervisor.plan import DiskLayer
 from undercroft.hypervisor.process import Process, spawn
 from undercroft.hypervisor.qmp import Monitor
+from undercroft.hypervisor.secret import give_secret, take_secret
 from undercroft.model.errors import NoSpaceError, QmpError, TimeLimitError
 
 __all__ = [
@@ -148,9 +149,7 @@ async def reopen(monitor: Monitor, layer: DiskLayer, *, write: bool, backing: st
         ]
         for access in (os.O_RDONLY, os.O_RDWR) if write else (os.O_RDONLY,):
             await hand_over(monitor, layer.path, access, number)
-    options = layer_nodes(
-        layer.node, f"/dev/fdset/{number}", layer.format, write=write, backing=backing
-    )
+    options = layer_nodes(layer, f"/dev/fdset/{number}", write=write, backing=backing)
     await monitor.execute("blockdev-reopen", {"options": list(options)})
     # QEMU's locks stay on an open file for as long as the set holds it, and would be in our way.
     for number_in_set in before:
@@ -171,6 +170,7 @@ async def drop_node(monitor: Monitor, node: str) -> None:
         return
     for name in (node, f"{node}-file"):
         await monitor.execute("blockdev-del", {"node-name": name})
+    await take_secret(monitor, node)
     with contextlib.suppress(QmpError):  # another disk of the VM may lie on the same file
         await monitor.remove_set(number)
 
@@ -208,9 +208,8 @@ async def offline(
             top = write and layer is layers[0]
             if top:
                 await hand_over(monitor, layer.path, os.O_RDWR, number)
-            for node in layer_nodes(
-                layer.node, f"/dev/fdset/{number}", layer.format, write=top, backing=below
-            ):
+            await give_secret(monitor, layer.node, layer.key)
+            for node in layer_nodes(layer, f"/dev/fdset/{number}", write=top, backing=below):
                 await monitor.execute("blockdev-add", node)
             below = layer.node
         yield monitor

@@ -46,11 +46,14 @@ class DiskFormat(StrEnum):
 
 class DiskLayer(Model, frozen=True, kw_only=True):
     """A file beneath a disk, opened for reading only. ``path`` is absolute; ``node`` what QEMU
-    calls it (empty: after its place in the chain)."""
+    calls it (empty: after its place in the chain). ``key``: the path of the key that it is
+    encrypted with. ``thin``: what the guest discards is the host's again."""
 
     path: str
     format: DiskFormat
     node: str = ""
+    key: str | None = None
+    thin: bool = True
 
 
 class PlanDisk(Model, frozen=True, kw_only=True):
@@ -60,14 +63,16 @@ class PlanDisk(Model, frozen=True, kw_only=True):
     as a graph: what the file's header says about a backing file is never followed. ``node`` is what
     QEMU calls the file at the top (empty: ``diskN``).
     ``boot_index``: firmware tries the lowest first; None: not at all. ``serial`` at most 20 bytes.
-    ``unit`` is its place (-1: its position among the disks, see `unit_of`); ``limits`` what it
-    may do per second.
+    ``key`` and ``thin`` are as of `DiskLayer`. ``unit`` is its place (-1: its position among the
+    disks, see `unit_of`); ``limits`` what it may do per second.
     """
 
     path: str
     format: DiskFormat
     node: str = ""
     backing: tuple[DiskLayer, ...] = ()
+    key: str | None = None
+    thin: bool = True
     bus: DiskBus = DiskBus.VIRTIO
     read_only: bool = False
     serial: str = ""

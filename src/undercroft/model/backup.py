@@ -26,11 +26,13 @@ class BackupKind(StrEnum):
 
 class BackupDisk(Model, frozen=True, kw_only=True):
     """A disk of ``size`` bytes. ``maps``: for every `SEGMENT` chunks the SHA-256 (hex) of the map
-    that names them; None: all zeroes."""
+    that names them; None: all zeroes. ``encrypted``: it was, and is again when it is restored; in
+    the backup it is not."""
 
     size: int
     bus: str = "virtio"
     read_only: bool = False
+    encrypted: bool = False
     maps: tuple[str | None, ...] = ()
 
 
@@ -93,9 +95,11 @@ class Backup(Model, frozen=True, kw_only=True):
 class BackupCreate(Spec, frozen=True, kw_only=True):
     """A backup to be made into ``repository`` (a directory of the daemon's host; it is made if it
     is not there). ``full``: read everything, also if less would do. ``quiesce``: have the guest's
-    agent bring its file systems in order first."""
+    agent bring its file systems in order first. ``decrypt``: what is on encrypted disks may be
+    written there in the clear."""
 
     repository: str
+    decrypt: bool = False
     full: bool = False
     quiesce: bool = False
     description: str = ""

@@ -33,7 +33,7 @@ class LayerSpec(Spec, frozen=True, kw_only=True):
     it lies on, or else the ``image`` (an id), or nothing; ``host`` is where its file is;
     ``preallocated``: the file has all of its room from the beginning, and all that it lay on, as
     has one of the ``format`` raw; ``datastore`` (an id) is where the file is, None: in the data
-    directory."""
+    directory; ``encrypted``: with a key of its own, as is all that lies on it."""
 
     host: str
     size: int
@@ -42,6 +42,7 @@ class LayerSpec(Spec, frozen=True, kw_only=True):
     preallocated: bool = False
     format: LayerFormat = LayerFormat.QCOW2
     datastore: str | None = None
+    encrypted: bool = False
 
     @property
     def whole(self) -> bool:

@@ -56,6 +56,7 @@ class VMCreate(Spec, frozen=True, kw_only=True):
     disks: tuple[NewDisk, ...] = ()  # besides the first
     volumes: tuple[VolumeUse, ...] = ()  # after those
     datastore: str | None = None  # name or id of the one that its disks are in
+    encrypt: bool = False  # those that are made for it
     arch: str | None = None
     machine: Machine | None = None
     firmware: Firmware | None = None
@@ -132,6 +133,8 @@ class CloneRequest(Spec, frozen=True, kw_only=True):
     (instant ones run at once). ``quiesce``: have the source's guest agent bring its file systems in
     order first. ``cpus`` and ``memory`` (bytes): other than the source's, not for instant ones.
     ``datastore`` (name or id): where their disks are to be, None: beside those of the source.
+    ``encrypted``: whether their disks are, None: as those of the source; what is linked to
+    encrypted ones always is.
     """
 
     names: tuple[str, ...] = ()
@@ -143,6 +146,7 @@ class CloneRequest(Spec, frozen=True, kw_only=True):
     memory: int | None = None
     hostname: str | None = None
     datastore: str | None = None
+    encrypted: bool | None = None
     labels: dict[str, str] = {}
 
 
@@ -166,12 +170,14 @@ class TemplateCreate(Spec, frozen=True, kw_only=True):
 class VolumeCreate(Spec, frozen=True, kw_only=True):
     """A new volume that belongs to no VM yet. ``size`` in bytes (None: that of the source);
     ``source``: name or id of an image that it begins as; ``preallocate``: take all its space on the
-    host now, so that it cannot run out of it later; ``datastore``: name or id."""
+    host now, so that it cannot run out of it later; ``encrypt``: so that nobody can read it who has
+    only the disk that it is on; ``datastore``: name or id."""
 
     name: str
     size: int | None = None
     source: str | None = None
     preallocate: bool = False
+    encrypt: bool = False
     format: LayerFormat = LayerFormat.QCOW2
     datastore: str | None = None
     labels: dict[str, str] = {}
@@ -180,10 +186,12 @@ class VolumeCreate(Spec, frozen=True, kw_only=True):
 class VolumeClone(Spec, frozen=True, kw_only=True):
     """A new volume that begins as another is: over what they share, or with ``full`` with a copy of
     it. ``size`` in bytes: larger than the source (None: as large); ``datastore``: name or id (None:
-    that of the source)."""
+    that of the source). ``encrypted`` None: if the source is. A linked one of what is encrypted is
+    so, too."""
 
     name: str
     full: bool = False
+    encrypted: bool | None = None
     size: int | None = None
     datastore: str | None = None
     labels: dict[str, str] = {}

@@ -48,7 +48,7 @@ class VolumeSpec(Spec, frozen=True, kw_only=True):
     for itself); ``preallocated``: all its space is taken on the host from the beginning;
     ``source``: the volume (an id) that it was cloned from; ``format``: that of its first layer;
     ``datastore`` (an id): where it was to be, None: beside what it lies on, or in the data
-    directory.
+    directory; ``encrypted``: so that nobody can read it who has only the disk that it is on.
     ``attached`` is the id of the VM that it is attached to, or about to be, which it outlives.
     """
 
@@ -60,6 +60,7 @@ class VolumeSpec(Spec, frozen=True, kw_only=True):
     source: str | None = None
     format: LayerFormat = LayerFormat.QCOW2
     datastore: str | None = None
+    encrypted: bool = False
     attached: str | None = None
     limits: IOLimits = IOLimits()
 

@@ -16,10 +16,11 @@ from undercroft.model.backup import (
 )
 from undercroft.model.base import Ref
 from undercroft.model.checkpoint import CheckpointCreate
-from undercroft.model.errors import InvalidError
+from undercroft.model.errors import InvalidError, UnsupportedError
 from undercroft.model.names import new_id
 from undercroft.model.task import Task
 from undercroft.model.vm import VM
+from undercroft.model.volume import Volume
 from undercroft.operations.access import Caller
 from undercroft.operations.asking import Volumes, ask
 from undercroft.operations.checkpoints import CheckpointOperations
@@ -55,6 +56,8 @@ class BackupOperations:
         if len(request.description) > MAX_DESCRIPTION:
             raise InvalidError(f"a description has at most {MAX_DESCRIPTION} characters")
         vm = (await find(self._context.store, VM, ref)).record
+        if not request.decrypt:
+            await _check_readable(self._context, vm)
         repository = await self._context.services.repository(path)
 
         async def prepare(vm: VM, _: Volumes) -> tuple[VM, dict[str, object]]:
@@ -175,3 +178,15 @@ def check_repository(path: str) -> str:
             action="give a path that begins with /",
         )
     return str(PurePosixPath(path))
+
+
+async def _check_readable(context: Context, vm: VM) -> None:
+    """Whoever encrypts a disk does not want it written in the clear by the way."""
+    for disk in vm.spec.disks:
+        volume = await context.store.get(Volume, disk.volume)
+        if volume is not None and volume.record.spec.encrypted:
+            raise UnsupportedError(
+                f"{vm.label} has an encrypted disk, which a backup would have in the clear",
+                object=vm.label,
+                action="if whoever reads the backups may read the disk, say --decrypt",
+            )

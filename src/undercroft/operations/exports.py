@@ -15,6 +15,7 @@ from undercroft.model.errors import (
     InvalidError,
     NotFoundError,
     StaleError,
+    UnsupportedError,
     WrongStateError,
 )
 from undercroft.model.export import Export, ExportFile, ExportFormat, ExportSpec, ExportState
@@ -87,6 +88,7 @@ class ExportOperations:
             else:
                 source, template, making = await self._vm(caller, request, checks, puts)
             _check_disk(template, request)
+            await _check_readable(self._context, source, template)
             export = Export(
                 meta=Meta(
                     id=(id := new_id("export")),
@@ -308,3 +310,21 @@ def _check(request: ExportCreate) -> None:
 
 def _file_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:64].strip("-._") or "disk"
+
+
+async def _check_readable(context: Context, source: Record, template: Template) -> None:
+    """Whoever encrypts a disk does not want it written in the clear by the way."""
+    for disk in template.status.disks:
+        head = disk.layer
+        if not head:  # it is frozen only later
+            volume = await context.store.get(Volume, disk.disk.volume)
+            head = volume.record.status.head if volume is not None else ""
+        layer = await context.store.get(Layer, head) if head else None
+        if layer is not None and layer.record.spec.encrypted:
+            name = source.meta.name
+            raise UnsupportedError(
+                f"{source.label} has an encrypted disk, which is not written into a file as it is",
+                object=source.label,
+                action=f"export a copy without encryption: croft clone {name} NAME --full "
+                "--decrypt, then croft export NAME",
+            )

@@ -196,7 +196,12 @@ async def _compose(
                 name=f"{name}-boot" if index == 0 else f"{name}-disk{index + 1}",
                 created=now,
             ),
-            spec=VolumeSpec(size=check_volume_size(disk.size), host=context.host, vm=id),
+            spec=VolumeSpec(
+                size=check_volume_size(disk.size),
+                host=context.host,
+                vm=id,
+                encrypted=disk.encrypted,
+            ),
         )
         for index, disk in enumerate(backup.disks)
     ]

@@ -208,6 +208,11 @@ async def _volume(context: Context, vm: VM, disk: Disk) -> tuple[int, str | None
 async def _write(
     context: Context, caller: Caller, source: _Source, request: CloneRequest, mode: CloneMode
 ) -> list[Task]:
+    if request.encrypted is False and mode is not CloneMode.FULL:
+        raise InvalidError(
+            "only a full clone can be without encryption",
+            action="say --full, or leave --decrypt out",
+        )
     names = request.names or await _free_names(context, source, request.count)
     checks, puts, claims = list(source.checks), list(source.puts), list[Claim]()
     where = await place(context, request.datastore)
@@ -240,6 +245,8 @@ async def _write(
             "macs": macs,
             "start": request.start,
         }
+        if request.encrypted is not None:
+            arguments["encrypted"] = request.encrypted
         if source.making is not None:
             arguments["waits"] = source.making.meta.id
         task = new_task(context, "vm.create", vm, caller.name, **arguments)
@@ -287,7 +294,14 @@ def _compose(
                 name=f"{name}-boot" if index == 0 else f"{name}-disk{index + 1}",
                 created=now,
             ),
-            spec=VolumeSpec(size=size, image=image, host=context.host, vm=id, datastore=datastore),
+            spec=VolumeSpec(
+                size=size,
+                image=image,
+                host=context.host,
+                vm=id,
+                datastore=datastore,
+                encrypted=bool(request.encrypted),
+            ),
         )
         for index, (_, size, image) in enumerate(source.disks)
     ]

@@ -68,6 +68,10 @@ async def create(context: Context, caller: Caller, request: VMCreate) -> Task:
             f"project {request.project[:40]!r} does not exist", action="leave the project out"
         )
     image, content = await _image(context, request)
+    if request.encrypt and not _has_disk(request, content):
+        raise InvalidError(
+            "there is no disk to encrypt", action="give it one: --disk 10G, or leave --encrypt out"
+        )
     where = await place_new(context, request.datastore)
     for attempt in range(20):
         name = request.name or _invent_name(request)
@@ -118,6 +122,11 @@ async def create(context: Context, caller: Caller, request: VMCreate) -> Task:
             continue
         return task
     raise StaleError("others keep interfering", object=f"image {request.image}", action="try again")
+
+
+def _has_disk(request: VMCreate, content: ImageContent | None) -> bool:
+    own = content is not None and content.disk is not None
+    return own or request.disk is not None or bool(request.disks)
 
 
 def port_claim(host: str, forward: Forward) -> tuple[str, str]:

@@ -57,7 +57,11 @@ async def new_disks(
         volume = Volume(
             meta=Meta(id=new_id("volume"), name=f"{name}-disk{number}", created=context.clock()),
             spec=VolumeSpec(
-                size=check_volume_size(disk.size), host=context.host, vm=vm, datastore=datastore
+                size=check_volume_size(disk.size),
+                host=context.host,
+                vm=vm,
+                datastore=datastore,
+                encrypted=request.encrypt,
             ),
         )
         found.made.append(volume)
@@ -103,5 +107,6 @@ def _boot_volume(
             host=context.host,
             vm=vm,
             datastore=datastore,
+            encrypted=request.encrypt,
         ),
     )

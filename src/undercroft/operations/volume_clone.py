@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from undercroft.model.base import Meta, Ref
+from undercroft.model.base import Meta, Record, Ref
 from undercroft.model.errors import AlreadyExistsError, InvalidError, StaleError
 from undercroft.model.names import check_labels, check_name, new_id
 from undercroft.model.requests import VolumeClone
@@ -47,6 +47,9 @@ async def clone_volume(context: Context, caller: Caller, ref: str, request: Volu
         source = found.record
         check_idle(source)
         where = await place(context, request.datastore)
+        encrypted = source.spec.encrypted if request.encrypted is None else request.encrypted
+        if source.spec.encrypted and not encrypted and not request.full:
+            raise linked_is_encrypted(source)
         size = check_volume_size(request.size or source.spec.size)
         if size < source.spec.size:
             raise InvalidError(
@@ -68,6 +71,7 @@ async def clone_volume(context: Context, caller: Caller, ref: str, request: Volu
                 host=source.spec.host,
                 source=source.meta.id,
                 datastore=where.record.meta.id if where else None,
+                encrypted=encrypted,
             ),
         )
         told = f"{volume.label} is to be a clone of {source.label}"
@@ -102,6 +106,15 @@ async def clone_volume(context: Context, caller: Caller, ref: str, request: Volu
             raise already_exists(request.name) from None
         return task
     raise StaleError(f"others keep changing volume {ref}", object=f"volume {ref}")
+
+
+def linked_is_encrypted(source: Record) -> InvalidError:
+    """What lies on encrypted layers is encrypted, too."""
+    return InvalidError(
+        f"a linked clone of {source.label}, which is encrypted, is encrypted, too",
+        object=source.label,
+        action="make a full one: --full --decrypt",
+    )
 
 
 async def flatten_volume(context: Context, caller: Caller, ref: str) -> Task:

@@ -78,6 +78,10 @@ class VolumeOperations(DiskOperations):
         check_name(request.name, "volume")
         check_labels(request.labels)
         context = self._context
+        if request.encrypt and request.format is not LayerFormat.QCOW2:
+            raise InvalidError(
+                "an encrypted volume is a qcow2 one", action="leave --format out, or --encrypt"
+            )
         if request.source is not None and await _is_volume(context, request.source):
             if request.preallocate or request.format is not LayerFormat.QCOW2:
                 raise InvalidError(
@@ -88,6 +92,7 @@ class VolumeOperations(DiskOperations):
                 name=request.name,
                 size=request.size,
                 datastore=request.datastore,
+                encrypted=request.encrypt or None,
                 labels=request.labels,
             )
             return await clone_volume(context, caller, request.source, copy)
@@ -107,6 +112,7 @@ class VolumeOperations(DiskOperations):
                     preallocated=request.preallocate,
                     format=request.format,
                     datastore=place_id(where),
+                    encrypted=request.encrypt,
                 ),
             )
             task = new_task(context, "volume.create", volume, caller.name)

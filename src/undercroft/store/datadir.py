@@ -39,6 +39,7 @@ _SUBDIRECTORIES = {
     "run/vms": 0o711,
     "images": 0o711,
     "volumes": 0o711,
+    "keys": 0o700,
     "templates": 0o700,
     "exports": 0o700,
     "vms": 0o711,
@@ -112,6 +113,11 @@ class DataDirectory:
     def volumes(self) -> Path:
         """The layers of the disks of VMs."""
         return self.path / "volumes"
+
+    @property
+    def keys(self) -> Path:
+        """The keys of encrypted layers. May well be, or lead to, another disk than the layers'."""
+        return self.path / "keys"
 
     @property
     def templates(self) -> Path:

@@ -300,3 +300,13 @@ def test_top_once(croft, api, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda _: None)
     assert "web1" in croft("top").out
     assert json.loads(croft("top", "--json").out)[0]["name"] == "web1"
+
+
+def test_encryption_is_asked_for(croft, api):
+    wanted = {"name": "safe", "size": 1 << 30, "encrypt": True}
+    api.routes["POST", "/v1/volumes"] = api.routes["POST", "/v1/volumes/safe/clone"] = task()
+    assert croft("volume", "create", "safe", "-s", "1G", "--encrypt", "--no-wait").code == 0
+    assert api.sent("POST", "/v1/volumes")[0].json == wanted
+    assert croft("volume", "clone", "safe", "open", "--full", "--decrypt", "--no-wait").code == 0
+    assert api.sent("POST", "/v1/volumes/safe/clone")[0].json["encrypted"] is False
+    assert croft("volume", "clone", "safe", "x", "--encrypt", "--decrypt").code == 2

@@ -173,3 +173,31 @@ async def test_flattening_is_asked_for_once(world: World) -> None:
     await made(world, "data")
     first = await world.operations.volumes.flatten(SYSTEM, "data")
     assert await world.operations.volumes.flatten(SYSTEM, "data") == first
+
+
+async def test_what_lies_on_something_encrypted_is_encrypted(world: World) -> None:
+    source = await made(world, "safe", encrypt=True)
+    assert source.spec.encrypted
+    clone = world.operations.volumes.clone
+    with pytest.raises(InvalidError, match="encrypted, too"):
+        await clone(SYSTEM, "safe", VolumeClone(name="open", encrypted=False))
+    await clone(SYSTEM, "safe", VolumeClone(name="two"))
+    assert (await find(world.store, Volume, "two")).record.spec.encrypted
+    await made(world, "plain")
+    await clone(SYSTEM, "plain", VolumeClone(name="shut", encrypted=True))
+    assert (await find(world.store, Volume, "shut")).record.spec.encrypted
+    other = await made(world, "other", encrypt=True)
+    await clone(SYSTEM, "other", VolumeClone(name="open", full=True, encrypted=False))
+    opened = (await find(world.store, Volume, "open")).record
+    assert (opened.spec.source, opened.spec.encrypted) == (other.meta.id, False)
+
+
+async def test_what_cannot_be_encrypted_is_refused(world: World) -> None:
+    with pytest.raises(InvalidError, match="qcow2"):
+        await made(world, "safe", encrypt=True, format="raw")
+    await world.image("tiny", disk=None, virtual_size=0)
+    with pytest.raises(InvalidError, match="no disk"):
+        await world.created("web1", image="tiny", encrypt=True)
+    vm = await world.created("web2", disk=GiB, encrypt=True)
+    for disk in vm.spec.disks:
+        assert (await find(world.store, Volume, disk.volume)).record.spec.encrypted

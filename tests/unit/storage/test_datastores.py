@@ -22,6 +22,7 @@ from undercroft.storage.datastores.directory import (
 )
 from undercroft.storage.reflink import copy_file
 from undercroft.storage.threads import Stop
+from undercroft.storage.volumes import LayerFile
 
 MiB = 1 << 20
 
@@ -68,7 +69,7 @@ async def test_made_and_removed_again_and_again(place: Path) -> None:
     store = driver(place)
     await store.make("layer-1.raw", 8 * MiB, format="raw")
     await store.make("layer-2.qcow2", 8 * MiB, base=(store.path("layer-1.raw"), "raw"))
-    await store.copy([(store.path("layer-1.raw"), "raw")], "layer-3.qcow2", 8 * MiB)
+    await store.copy([LayerFile(store.path("layer-1.raw"), "raw")], "layer-3.qcow2", 8 * MiB)
     assert await store.names() == ["layer-1.raw", "layer-2.qcow2", "layer-3.qcow2"]
     for name in await store.names():
         await store.remove(name)

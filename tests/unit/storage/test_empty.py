@@ -26,14 +26,17 @@ SECTORS = st.one_of(
 
 
 @settings(max_examples=15, deadline=None)
-@given(SECTORS, st.booleans())
+@given(SECTORS, st.booleans(), st.booleans())
 def test_qemu_finds_nothing_wrong(
-    tmp_path_factory: pytest.TempPathFactory, sectors: int, overlay: bool
+    tmp_path_factory: pytest.TempPathFactory, sectors: int, overlay: bool, encrypted: bool
 ) -> None:
     path = tmp_path_factory.mktemp("empty") / "a.qcow2"
     size = min(sectors * 512, 64 * TiB)
-    write_empty(path, size, ("/images/base.raw", "raw") if overlay else None)
-    assert path.stat().st_size == empty_size(size)
+    key = path.with_name("key")
+    key.write_bytes(b"secret")
+    base = ("/images/base.raw", "raw") if overlay else None
+    write_empty(path, size, base, b"secret" if encrypted else None)
+    assert path.stat().st_size == empty_size(size, encrypted=encrypted)
     asked = subprocess.run(
         ["qemu-img", "info", "-f", "qcow2", "--output=json", path], capture_output=True, check=True
     )
@@ -43,7 +46,13 @@ def test_qemu_finds_nothing_wrong(
     assert told["format-specific"]["data"]["compat"] == "1.1"
     assert told.get("backing-filename") == ("/images/base.raw" if overlay else None)
     assert told.get("backing-filename-format") == ("raw" if overlay else None)
-    if not overlay:
+    assert told.get("encrypted", False) == encrypted
+    if encrypted:
+        node = f"driver=qcow2,file.filename={path},encrypt.format=luks,encrypt.key-secret=k"
+        node += ",backing=" if overlay else ""
+        secret = ["--object", f"secret,id=k,file={key}"]
+        subprocess.run(["qemu-img", "check", "-q", *secret, "--image-opts", node], check=True)
+    elif not overlay:
         subprocess.run(["qemu-img", "check", "-q", "-f", "qcow2", path], check=True)
 
 

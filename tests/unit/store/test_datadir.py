@@ -46,6 +46,7 @@ def test_made_from_nothing(path: Path):
         "run/vms": 0o711,
         "images": 0o711,
         "volumes": 0o711,
+        "keys": 0o700,
         "templates": 0o700,
         "exports": 0o700,
         "vms": 0o711,

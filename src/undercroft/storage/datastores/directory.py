@@ -16,7 +16,7 @@ from undercroft.storage.datastores.interface import Space
 from undercroft.storage.files import disk_full_is_clear, sync_directory, write_durably
 from undercroft.storage.reflink import can_reflink, copy_file
 from undercroft.storage.threads import in_thread
-from undercroft.storage.volumes import copy_chain, create_volume
+from undercroft.storage.volumes import LayerFile, copy_chain, create_volume
 
 __all__ = ["MARKER", "DirectoryDriver", "forget", "prepare"]
 
@@ -58,6 +58,7 @@ class DirectoryDriver:
         format: str = "qcow2",
         base: tuple[Path, str] | None = None,
         preallocate: bool = False,
+        key: Path | None = None,
         progress: Callable[[float], None] | None = None,
         marks: Sequence[str] = (),
     ) -> None:
@@ -70,6 +71,7 @@ class DirectoryDriver:
             tmp=self._tmp,
             format=format,
             preallocate=preallocate,
+            key=key,
             progress=progress,
             marks=marks,
         )
@@ -86,11 +88,12 @@ class DirectoryDriver:
 
     async def copy(
         self,
-        chain: Sequence[tuple[Path, str]],
+        chain: Sequence[LayerFile],
         name: str,
         size: int,
         *,
         whole: bool = False,
+        key: Path | None = None,
         progress: Callable[[float], None] | None = None,
     ) -> None:
         """See `Driver.copy`."""
@@ -98,17 +101,18 @@ class DirectoryDriver:
         target = self.path(name)
         if not whole:
             await copy_chain(
-                [(str(path), format) for path, format in chain],
+                chain,
                 target,
                 size,
                 tmp=self._tmp,
+                key=key,
                 progress=progress,
             )
             return
         half = self.half()
         try:
             with disk_full_is_clear("the copy", self._path):
-                await in_thread(lambda stop: copy_file(chain[0][0], half, stop, progress))
+                await in_thread(lambda stop: copy_file(chain[0].path, half, stop, progress))
                 await asyncio.to_thread(half.rename, target)
                 await asyncio.to_thread(sync_directory, self._path)
         finally:

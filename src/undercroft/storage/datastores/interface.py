@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from undercroft.storage.volumes import LayerFile
+
 __all__ = ["Driver", "Space"]
 
 
@@ -39,11 +41,12 @@ class Driver(Protocol):
         format: str = "qcow2",
         base: tuple[Path, str] | None = None,
         preallocate: bool = False,
+        key: Path | None = None,
         progress: Callable[[float], None] | None = None,
         marks: Sequence[str] = (),
     ) -> None:
-        """Makes a file for a disk of ``size`` bytes, over a ``base`` (path and format) or empty;
-        ``marks``: with these dirty bitmaps.
+        """Makes a file for a disk of ``size`` bytes, over a ``base`` (path and format) or empty; an
+        encrypted one with a ``key`` (the path of it); ``marks``: with these dirty bitmaps.
 
         Raises:
             NoSpaceError: there is no room.
@@ -51,16 +54,17 @@ class Driver(Protocol):
 
     async def copy(
         self,
-        chain: Sequence[tuple[Path, str]],
+        chain: Sequence[LayerFile],
         name: str,
         size: int,
         *,
         whole: bool = False,
+        key: Path | None = None,
         progress: Callable[[float], None] | None = None,
     ) -> None:
-        """Makes a qcow2 file of what a chain of files (path and format) shows, from the top down,
-        that lies on nothing. ``whole``: the chain is one qcow2 file of that size, to be copied as
-        it is, by sharing its blocks where that can be.
+        """Makes a qcow2 file of what a chain of files shows, from the top down, that lies on
+        nothing; an encrypted one with a ``key``. ``whole``: the chain is one qcow2 file of that
+        size, to be copied as it is, by sharing its blocks where that can be; its key opens both.
 
         Raises:
             NoSpaceError: there is no room.
