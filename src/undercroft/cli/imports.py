@@ -12,7 +12,7 @@ from undercroft.cli.errors import OK, UsageError, ours
 from undercroft.cli.output import cpus, dig, elapsed
 from undercroft.cli.output import size as text
 from undercroft.cli.progress import report_failures, wait
-from undercroft.cli.sending import Files, Pipe, send
+from undercroft.cli.sending import Files, Pipe, is_ours, send
 from undercroft.client.raw import quote
 
 TYPE_CHECKING = False
@@ -165,7 +165,7 @@ def _sources(croft: Croft, args: Namespace) -> Iterator[dict[str, Any]]:
             return
         if "format" not in about and path.lower().endswith((".raw", ".img")):
             about |= _raw(descriptor, path)
-        if croft.url is None and _is_ours(croft.data):
+        if croft.url is None and is_ours(croft.data):
             status = os.fstat(descriptor)
             stamp = f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
             yield {**about, **wanted, "path": os.path.realpath(path), "stamp": stamp}
@@ -180,14 +180,6 @@ def _sent(
     """What was sent: its own checksum goes with it, so that it arrives as it left."""
     sum = send(croft, f"send {about['file']}", source)
     return {**about, "upload": source.key, **({} if look else {"sha256": sum}), **wanted}
-
-
-def _is_ours(data: str) -> bool:
-    """Whether a daemon of this data directory runs as whoever asks."""
-    try:
-        return os.stat(data).st_uid == os.geteuid()
-    except OSError:
-        return False
 
 
 def _out_of_reach(error: Exception, source: dict[str, Any]) -> bool:

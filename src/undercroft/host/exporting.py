@@ -93,8 +93,9 @@ async def make_export(environment: Environment, export: Export, run: TaskRun) ->
             notes = []
             names = await _write_disk(directory, export, disks[export.spec.disk], part)
         progress(0.95, "checksums")
+        summed = names if export.spec.checksums else []
         sums = await asyncio.gather(
-            *(in_thread(lambda stop, n=name: hash_file(directory / n, stop)) for name in names),  # type: ignore[misc]
+            *(in_thread(lambda stop, n=name: hash_file(directory / n, stop)) for name in summed),  # type: ignore[misc]
             in_thread(lambda _: _settle(directory, names)),
         )
     files = tuple(
@@ -104,7 +105,7 @@ async def make_export(environment: Environment, export: Export, run: TaskRun) ->
             sha256=str(sum),
             path=str(directory / name),
         )
-        for name, sum in zip(names, sums[:-1], strict=True)
+        for name, sum in zip(names, sums[:-1] or [""] * len(names), strict=True)
     )
     return MadeExport(files=files, notes=tuple(notes))
 

@@ -44,7 +44,8 @@ class ExportState(StrEnum):
 class ExportSpec(Spec, frozen=True, kw_only=True):
     """What was asked for. ``source`` is how the VM, snapshot or template is called; ``template``
     the id of the passing template that holds its disks until they are written; ``disk``: which one
-    (0 is the first), of formats for one; ``file``: what its file is called, without its suffix."""
+    (0 is the first), of formats for one; ``file``: what its file is called, without its suffix;
+    ``checksums``: whether its files are to have some."""
 
     source: str
     template: str
@@ -52,11 +53,13 @@ class ExportSpec(Spec, frozen=True, kw_only=True):
     vmdk: VmdkKind = VmdkKind.STREAM
     disk: int = 0
     file: str
+    checksums: bool = True
     host: str
 
 
 class ExportFile(Model, frozen=True, kw_only=True):
-    """A file: its size in bytes and SHA-256 in hex; ``path``: where it is on the daemon's host."""
+    """A file: its size in bytes and SHA-256 in hex (empty: none was wanted); ``path``: where it is
+    on the daemon's host."""
 
     name: str
     size: int

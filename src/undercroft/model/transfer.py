@@ -14,7 +14,8 @@ class ExportCreate(Spec, frozen=True, kw_only=True):
 
     ``disk``: which one, for formats of one disk (0 is the first); ``file``: what the file is to be
     called, without its suffix (None: as the VM); ``quiesce``: have the guest's agent bring its file
-    systems in order first.
+    systems in order first; ``checksums``: of the files, which is not worth its time to those who
+    take them from where they lie. (A package has those of its disks in any case.)
     """
 
     vm: str | None = None
@@ -25,6 +26,7 @@ class ExportCreate(Spec, frozen=True, kw_only=True):
     disk: int = 0
     file: str | None = None
     quiesce: bool = False
+    checksums: bool = True
 
 
 class UploadStatus(Model, frozen=True, kw_only=True):

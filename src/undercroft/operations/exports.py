@@ -103,6 +103,7 @@ class ExportOperations:
                     vmdk=request.vmdk,
                     disk=request.disk,
                     file=request.file or _file_name(source.meta.name),
+                    checksums=request.checksums,
                     host=self._context.host,
                 ),
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.system.daemon.installation import Installation, until
-from tests.system.daemon.test_full_disk import small  # noqa: F401 (a fixture)
+from tests.system.daemon.test_full_disk import fill, small  # noqa: F401 (a fixture)
 from tests.system.daemon.test_snapshots import read, write
 from tests.system.daemon.test_volumes import head, io
 from tests.unit.storage.appliance import packages
@@ -73,8 +74,24 @@ def test_out_and_in_again(installation: Installation, place: Path) -> None:
     vm = client.vms.get("web2")
     assert (vm.spec.cpus, vm.spec.firmware, len(vm.spec.disks)) == (2, Firmware.KERNEL, 1)
     assert vm.spec.ports[0].mac != client.vms.get("web1").spec.ports[0].mac
-    for name in ("web1", "web2"):
-        installation.finish(client.vms.stop(name, OFF))
+    installation.finish(client.vms.stop("web2", OFF))
+    # Its QEMU is killed while it is exported: the export is whole, and so is the guest.
+    task = client.exports.create(ExportCreate(vm="web1"))
+
+    def frozen() -> bool:
+        status = client.tasks.get(task.meta.id).status
+        return status.phase == "compressing the disks" or status.state.final
+
+    until(frozen, "its disks are frozen")
+    (pid,) = installation.processes()
+    os.kill(pid, signal.SIGKILL)
+    export = installation.finish(task).status.result["export"]
+    file = client.exports.get(export).status.files[0]
+    client.imports.examine(ImportSource(path=file.path))
+    client.exports.remove(export)
+    installation.wait_ready("web1")
+    assert read(installation, "web1") == "later"
+    installation.finish(client.vms.stop("web1", OFF))
     # The same through every other door, a pipe among them.
     assert not same(installation, "web1-boot", "web2-boot")
     for format in FORMATS[1:]:
@@ -206,4 +223,14 @@ def test_a_disk_that_is_too_small(small: Installation, place: Path) -> None:  # 
     send(small, key, ova)  # and what fits still comes in
     small.finish(client.imports.create(ImportCreate(upload=key, name="fits")))
     assert [vm.meta.name for vm in client.vms.list()] == ["fits"]
+    filler = fill(small, 40 * MiB)  # what is kept for the store is not for exports
+    task = client.exports.create(ExportCreate(vm="fits"))
+    error = small.finish(task, TaskState.FAILED).status.error
+    assert error is not None
+    assert error.code == "no-space"
+    until(lambda: not [f for f in left_over(small) if "filler" not in f], "nothing is left over")
+    filler.unlink()
+    croft(small, "export", "fits", str(place / "fits.ova"))
+    croft(small, "import", str(place / "fits.ova"), "again")
+    assert same(small, "again-boot", "fits-boot")
     small.assert_in_order()

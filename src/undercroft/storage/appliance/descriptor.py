@@ -220,7 +220,11 @@ def _own(machine: OutMachine, files: int) -> list[str]:
     return [
         f'    <undercroft:MachineSection ovf:required="false" {attributes}>',
         "      <Info>What only Undercroft knows</Info>",
-        *(f"      <undercroft:Disk undercroft:bus={_q(disk.bus)}/>" for disk in machine.disks),
+        *(
+            f"      <undercroft:Disk undercroft:disk={_q(f'vmdisk{n}')}"
+            f" undercroft:bus={_q(disk.bus)}/>"
+            for n, disk in enumerate(machine.disks, 1)
+        ),
         *(
             f"      <undercroft:Port undercroft:model={_q(port.model)}"
             f" undercroft:network={_q(port.mode)}/>"

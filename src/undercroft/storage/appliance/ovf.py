@@ -299,7 +299,10 @@ def _read_own(own: Element, found: Descriptor) -> None:
     try:
         found.firmware = Firmware(own.attributes.get("firmware", found.firmware))
         found.arch = own.attributes.get("arch", "x86_64")[:20]
-        buses = [DiskBus(disk.attributes.get("bus", "")) for disk in own.all("Disk")]
+        buses = {
+            f"disk/{disk.attributes.get('disk', '')}": DiskBus(disk.attributes.get("bus", ""))
+            for disk in own.all("Disk")
+        }
         ports = [
             AppliancePort(
                 network=port.attributes.get("network", "")[:80],
@@ -311,9 +314,12 @@ def _read_own(own: Element, found: Descriptor) -> None:
         found.notes.append("what it says of Undercroft's own settings makes no sense")
         return
     found.image = own.attributes.get("image") or None
-    if len(buses) == len(found.disks):
+    drives = {
+        drive.source: disk for drive, disk in zip(found.hardware.disks, found.disks, strict=True)
+    }
+    if buses.keys() == drives.keys():  # then their order counts, too: the first is booted from
         found.disks = [
-            OvfDisk(disk.size, disk.file, bus) for disk, bus in zip(found.disks, buses, strict=True)
+            OvfDisk(drives[source].size, drives[source].file, bus) for source, bus in buses.items()
         ]
     if len(ports) == len(found.hardware.ports):
         found.hardware.ports = ports

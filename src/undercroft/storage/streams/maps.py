@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import uuid
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,18 @@ _COMPRESSED, _ZERO = 1 << 62, 1
 _EXTENDED_L2 = 1 << 4
 _TABLE = 8192  # entries read at once
 _SLACK = 2 << 20  # the largest cluster, for the last that ends early
+_VHDX_HEADERS = (64 << 10, 128 << 10)
+_VHDX_REGIONS = 192 << 10
+_VHDX_BAT, _VHDX_METADATA, _VHDX_BLOCK, _VHDX_SIZE, _VHDX_SECTOR = (
+    uuid.UUID(text).bytes_le
+    for text in (
+        "2DC27766-F623-4200-9D64-115E9BFD4A08",
+        "8B7CA206-4790-4B9A-B8FE-575F050F886E",
+        "CAA16737-FA36-4D43-B3B6-33F0AA44E76B",
+        "2FA54224-CD1B-4876-B211-5DBED83BF4B8",
+        "8141BF1D-A96F-4709-BA47-F233A8FAAB5F",
+    )
+)
 _AT_END = 0xFFFFFFFFFFFFFFFF
 
 
@@ -56,6 +69,8 @@ def map_of(image: Image, format: DiskFormat) -> Iterator[Span] | None:
         spans = _vdi(image)
     elif format is DiskFormat.VPC:
         spans = _vhd(image)
+    elif format is DiskFormat.VHDX:
+        spans = _vhdx(image)
     return _checked(image, spans, format is DiskFormat.QCOW2) if spans is not None else None
 
 
@@ -215,3 +230,55 @@ def _vhd(image: Image) -> Iterator[Span]:
             if entry != 0xFFFFFFFF and start < size:
                 offset = image.start + entry * SECTOR + bitmap
                 yield Span(start, min(block, size - start), offset)
+
+
+def _vhdx(image: Image) -> Iterator[Span] | None:
+    """[MS-VHDX]; None if its log has to be replayed, or it lacks what we look for."""
+    logs = [image.unpack("<4s44x16s", at, "header") for at in _VHDX_HEADERS]
+    if any(magic != b"head" or log != bytes(16) for magic, log in logs):
+        return None
+    regions = _vhdx_table(image, _VHDX_REGIONS, "<16sQI4x")
+    if _VHDX_BAT not in regions or _VHDX_METADATA not in regions:
+        return None
+    metadata = regions[_VHDX_METADATA][0]
+    items = _vhdx_table(image, metadata, "<16sII8x")
+    values = {}
+    for item, layout in ((_VHDX_BLOCK, "<I"), (_VHDX_SIZE, "<Q"), (_VHDX_SECTOR, "<I")):
+        if item not in items:
+            return None
+        (values[item],) = image.unpack(layout, metadata + items[item][0], "metadata")
+    block, size, sector = values[_VHDX_BLOCK], values[_VHDX_SIZE], values[_VHDX_SECTOR]
+    if block < 1 << 20 or block > 256 << 20 or block & (block - 1) or sector not in (512, 4096):
+        raise refuse("its blocks are not possible")
+    ratio = (sector << 23) // block  # blocks between two entries that are not for blocks
+    place, length = regions[_VHDX_BAT]
+    blocks = -(-size // block)
+    if (blocks + (blocks - 1) // ratio) * 8 > length:
+        raise refuse("its block table is too small for its disk")
+
+    def spans() -> Iterator[Span]:
+        for first in range(0, blocks, _TABLE):
+            last = min(first + _TABLE, blocks) - 1
+            begin = first + first // ratio
+            count = last + last // ratio + 1 - begin
+            table = _table(image, place + 8 * begin, count, "Q", False)
+            for number in range(first, last + 1):
+                entry = table[number + number // ratio - begin]
+                state, offset = entry & 7, entry >> 20 << 20
+                if state in (6, 7):
+                    start = number * block
+                    yield Span(start, min(block, size - start), image.start + offset)
+
+    return spans()
+
+
+def _vhdx_table(image: Image, at: int, layout: str) -> dict[bytes, tuple[int, int]]:
+    """The entries of the region table or the metadata table, by their ids."""
+    regions = at == _VHDX_REGIONS
+    (count,) = image.unpack("<I" if regions else "<H", at + (8 if regions else 10), "table")
+    begin = at + (16 if regions else 32)
+    found = {}
+    for index in range(min(count, 2047)):
+        id, offset, length = image.unpack(layout, begin + 32 * index, "table")
+        found[id] = (offset, length)
+    return found

@@ -27,6 +27,7 @@ _COMPRESSED, _MARKERS = 1 << 16, 1 << 17
 _BATCH = 16  # grains
 _CHECK_EVERY = 64 << 20  # bytes written between two looks at the room left
 _MOST = GRAIN + GRAIN // 2  # bytes that a compressed grain can have at most, with margin
+_TOGETHER = 4 << 20  # bytes of the file that are read at once for grains
 _ZERO = bytes(GRAIN)
 
 
@@ -82,7 +83,7 @@ def unpack_stream(
     writer = Qcow2Writer(target, size)
     checked = 0
     grains = _batches(_grains(image, header))
-    results = in_order(lambda batch: [_inflated(image, *grain) for grain in batch], grains)
+    results = in_order(lambda batch: _inflated(image, batch), grains)
     try:
         for done in results:
             stop.check()
@@ -132,10 +133,22 @@ def _batches(grains: Iterator[tuple[int, int]]) -> Iterator[list[tuple[int, int]
         yield batch
 
 
-def _inflated(image: Image, number: int, sector: int) -> tuple[int, bytes]:
+def _inflated(image: Image, batch: list[tuple[int, int]]) -> list[tuple[int, bytes]]:
+    """The content of grains, which mostly lie one after the other and are read at once."""
+    first = min(sector for _, sector in batch) * SECTOR
+    last = max(sector for _, sector in batch) * SECTOR
+    if last - first > _TOGETHER:
+        return [_grain(image, *grain, image.peek(grain[1] * SECTOR, _MOST)) for grain in batch]
+    whole = memoryview(image.peek(first, last - first + _MOST))
+    return [
+        _grain(image, number, sector, whole[sector * SECTOR - first :][:_MOST])
+        for number, sector in batch
+    ]
+
+
+def _grain(image: Image, number: int, sector: int, head: bytes | memoryview) -> tuple[int, bytes]:
     """A grain's content; the part beyond the end of the disk, and of one that is short, is zero."""
     place = sector * SECTOR
-    head = image.peek(place, _MOST)
     if len(head) < 12:
         raise refuse("a grain lies outside of the file (is it truncated?)")
     lba, length = struct.unpack_from("<QI", head)
