@@ -98,7 +98,11 @@ class VMActor:
             return  # a second time would cut short how it puts things back
         self._cancelled.add(task_id)
         run, running = self._run_now, self._running
-        if run is not None and running is not None and run.id == task_id and not run.committed:
+        if run is None or running is None or run.id != task_id:
+            return
+        if run.committed:
+            run.hurry.set()
+        else:
             running.cancel()
 
     @property
@@ -242,6 +246,8 @@ class VMActor:
         if cancel and not run.committed:
             await settle_failure(self, vm, run)
             return
+        if cancel:
+            run.hurry.set()
         verb = self.verbs.get(task.spec.verb)
         if verb is None:
             error = UndercroftError(f"nobody knows how to do {task.spec.verb}", object=vm.label)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -104,6 +104,8 @@ class TaskRun:
         self.environment = environment
         self.task = task
         self.committed = bool(task.status.checkpoint.get(COMMITTED))
+        self.hurry = asyncio.Event()
+        """Set once somebody wants it over: what can be left for another time is."""
         self._written = 0.0
         self._phase = task.status.phase
 
@@ -149,6 +151,37 @@ class TaskRun:
         written = await update(self.environment.store, Task, self.id, change)
         if written is not None:
             self.task = written.record
+
+
+async def to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Does something that is not to be left half done, also if it is cancelled meanwhile."""
+    doing = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(doing)
+    except asyncio.CancelledError:
+        await asyncio.wait({doing})
+        if not doing.cancelled():
+            doing.exception()  # seen
+        raise
+
+
+async def unless_hurried(run: TaskRun, work: Coroutine[Any, Any, None]) -> None:
+    """Does something that can be left for another time, and leaves it (by cancelling it) when the
+    task is to be over.
+
+    Raises:
+        Exception: what the work raised.
+    """
+    doing, hurry = asyncio.ensure_future(work), asyncio.ensure_future(run.hurry.wait())
+    try:
+        await asyncio.wait({doing, hurry}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        hurry.cancel()
+        if not doing.done():
+            doing.cancel()
+            await asyncio.wait({doing})
+    if not doing.cancelled():
+        doing.result()
 
 
 def unexpected(error: Exception, record: Record) -> UndercroftError:

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine
 from functools import partial
-from typing import Any
 
 import msgspec
 import structlog
@@ -20,6 +18,7 @@ import structlog
 from undercroft.host.actor import Outcome, VMActor
 from undercroft.host.environment import Environment
 from undercroft.host.files import remove_tree
+from undercroft.host.folding import finish_folds, fold_layers
 from undercroft.host.imaging import reported
 from undercroft.host.layers import (
     collect_layers,
@@ -31,7 +30,7 @@ from undercroft.host.layers import (
 )
 from undercroft.host.marks import marks_of
 from undercroft.host.merging import merge_layers
-from undercroft.host.outcome import TaskRun, change_status, write
+from undercroft.host.outcome import TaskRun, change_status, to_its_end, unless_hurried, write
 from undercroft.host.planning import plan_disks
 from undercroft.host.quiescing import quiescent, thaw_at_last
 from undercroft.host.snapshot_files import copy_state, memory_size, remove_strays
@@ -116,7 +115,7 @@ async def taken(actor: VMActor, vm: VM, run: TaskRun) -> Snapshot:
         if not switched:
             await in_thread(lambda _: copy_state(environment, snapshot))
         async with quiescent(actor, quiet):
-            await _to_its_end(_switch_and_branch(actor, vm, snapshot, machine))
+            await to_its_end(_switch_and_branch(actor, vm, snapshot, machine))
         if snapshot.spec.memory and snapshot.status.alive:
             await _save_memory(environment, run, snapshot, machine)
     finally:
@@ -131,18 +130,6 @@ async def taken(actor: VMActor, vm: VM, run: TaskRun) -> Snapshot:
         quiesced=snapshot.spec.quiesce and machine is not None,
     )
     return msgspec.structs.replace(snapshot, status=status)
-
-
-async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
-    """Does something that is not to be left half done, also if it is cancelled meanwhile."""
-    doing = asyncio.ensure_future(work)
-    try:
-        await asyncio.shield(doing)
-    except asyncio.CancelledError:
-        await asyncio.wait({doing})
-        if not doing.cancelled():
-            doing.exception()  # seen
-        raise
 
 
 async def _switched(environment: Environment, snapshot: Snapshot) -> bool:
@@ -371,7 +358,10 @@ async def remove(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
         )
     await collect_layers(environment)
     try:
-        await merge_layers(actor, vm, run)
+        await finish_folds(actor, vm, run)
+        await unless_hurried(run, _put_together(actor, vm, run))
+        if run.hurry.is_set() and actor.machine is not None:
+            await actor.machine.give_up_merging()  # an earlier daemon may have begun something
     except (UndercroftError, OSError) as error:  # the snapshot is gone all the same
         log.warning("layers were not merged", vm=vm.meta.name, error=str(error))
     return Outcome(
@@ -379,6 +369,11 @@ async def remove(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
         event="snapshot.removed",
         message=f"snapshot {name} of {vm.label} was removed",
     )
+
+
+async def _put_together(actor: VMActor, vm: VM, run: TaskRun) -> None:
+    await fold_layers(actor, vm, run, cheaper=True)
+    await merge_layers(actor, vm, run)
 
 
 def _from(vm: VM, old: str, new: str | None) -> VM:

@@ -10,21 +10,36 @@ the disk: whatever is killed in between, both are right.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Sequence
+import contextlib
+import re
+from collections.abc import Callable, Collection, Sequence
 
 from undercroft.hypervisor.bitmaps import GRANULARITY, tidy
 from undercroft.hypervisor.blockgraph import block_nodes
-from undercroft.hypervisor.merge import cancel_job, drop_node, follow_job, jobs_of, reopen
+from undercroft.hypervisor.merge import (
+    FOLD,
+    begun,
+    cancel_job,
+    drop_node,
+    follow_job,
+    jobs_of,
+    reopen,
+)
 from undercroft.hypervisor.plan import DiskLayer
 from undercroft.hypervisor.qmp import Monitor
+from undercroft.model.errors import QmpError
 
 __all__ = ["begin_fold", "drop_folded", "end_fold"]
 
-_JOB = "fold"
+_LAYER = re.compile(r"layer-\w+\.\d+")  # not the node of its file
 
 
 async def begin_fold(
-    monitor: Monitor, layers: Sequence[DiskLayer], keep: Collection[str], fresh: Collection[str]
+    monitor: Monitor,
+    layers: Sequence[DiskLayer],
+    keep: Collection[str],
+    fresh: Collection[str],
+    progress: Callable[[float], None] | None = None,
 ) -> None:
     """Copies the top layer's content into the second, until that has nearly all; the guest goes on
     and writes to both. ``keep`` and ``fresh`` are the bitmaps that the second layer is to have:
@@ -34,7 +49,9 @@ async def begin_fold(
         QmpError, TimeLimitError, NoSpaceError, OSError: it did not work; all is as it was.
     """
     upper, lower = layers[0], layers[1]
-    if _JOB not in await jobs_of(monitor):
+    job = FOLD + upper.node
+    commit = not await begun(monitor, job)
+    if commit:
         nodes = await block_nodes(monitor)
         if nodes.get(f"{lower.node}-file", {}).get("ro", True):
             below = layers[2].node if len(layers) > 2 else None
@@ -51,19 +68,20 @@ async def begin_fold(
                         "persistent": True,
                     },
                 )
-        await monitor.execute(
-            "block-commit",
-            {
-                "job-id": _JOB,
-                "device": upper.node,
-                "base-node": lower.node,
-                "auto-dismiss": False,
-            },
-        )
     try:
-        await follow_job(monitor, _JOB, until="ready")
+        if commit:
+            await monitor.execute(
+                "block-commit",
+                {
+                    "job-id": job,
+                    "device": upper.node,
+                    "base-node": lower.node,
+                    "auto-dismiss": False,
+                },
+            )
+        await follow_job(monitor, job, progress, until="ready")
     except asyncio.CancelledError:
-        await asyncio.shield(cancel_job(monitor, _JOB))
+        await asyncio.shield(cancel_job(monitor, job))
         raise
 
 
@@ -74,16 +92,21 @@ async def end_fold(monitor: Monitor, layers: Sequence[DiskLayer]) -> None:
     Raises:
         QmpError, TimeLimitError, NoSpaceError: it did not work; all is as it was.
     """
-    job = (await jobs_of(monitor)).get(_JOB)
+    name = FOLD + layers[0].node
+    job = (await jobs_of(monitor)).get(name)
     if job is not None:
         if job["status"] == "ready":
-            await monitor.execute("job-complete", {"id": _JOB})
-        await follow_job(monitor, _JOB)
+            await monitor.execute("job-complete", {"id": name})
+        await follow_job(monitor, name)
     # Opening it anew has all written that QEMU may have of it in its memory only.
     below = layers[2].node if len(layers) > 2 else None
     await reopen(monitor, layers[1], write=True, backing=below)
 
 
-async def drop_folded(monitor: Monitor, layer: DiskLayer) -> None:
-    """Closes what was the top layer."""
-    await drop_node(monitor, layer.node)
+async def drop_folded(monitor: Monitor, keep: Collection[str]) -> None:
+    """Closes what were top layers: all but the nodes to ``keep``, which are those that the disks
+    have now."""
+    for node in await block_nodes(monitor):
+        if _LAYER.fullmatch(node) and node not in keep:
+            with contextlib.suppress(QmpError):  # something lies on it after all
+                await drop_node(monitor, node)

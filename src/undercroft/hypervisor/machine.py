@@ -33,7 +33,7 @@ from undercroft.hypervisor.launch import (
     write_plan,
 )
 from undercroft.hypervisor.measure import measure
-from undercroft.hypervisor.merge import absorb
+from undercroft.hypervisor.merge import absorb, give_up_jobs
 from undercroft.hypervisor.output import OutputLog
 from undercroft.hypervisor.plan import DiskLayer, MachinePlan, PlanDisk, PlanPort, unit_of
 from undercroft.hypervisor.publish import publish
@@ -390,19 +390,28 @@ class QemuMachine(MachineSession):
         await absorb(self._monitor, layers, index, progress, fresh)
 
     async def begin_fold(
-        self, layers: Sequence[DiskLayer], keep: Collection[str], fresh: Collection[str]
+        self,
+        layers: Sequence[DiskLayer],
+        keep: Collection[str],
+        fresh: Collection[str],
+        progress: Callable[[float], None] | None = None,
     ) -> None:
         """See `undercroft.hypervisor.fold`."""
-        await begin_fold(self._monitor, layers, keep, fresh)
+        await begin_fold(self._monitor, layers, keep, fresh, progress)
 
     async def end_fold(self, layers: Sequence[DiskLayer]) -> None:
         """See `undercroft.hypervisor.fold`; for a guest that stands still."""
         await end_fold(self._monitor, layers)
 
-    async def drop_folded(self, layer: DiskLayer, disks: tuple[PlanDisk, ...]) -> None:
-        """Closes a layer that was folded; ``disks`` as they are now."""
-        await drop_folded(self._monitor, layer)
+    async def drop_folded(self, disks: tuple[PlanDisk, ...]) -> None:
+        """Closes layers that were folded; ``disks`` as they are now."""
+        keep = {disk.node for disk in disks} | {n.node for disk in disks for n in disk.backing}
+        await drop_folded(self._monitor, keep)
         await self._became(disks=disks)
+
+    async def give_up_merging(self) -> None:
+        """Ends what puts layers together; they stay apart."""
+        await give_up_jobs(self._monitor)
 
     async def written(self) -> list[str]:
         """The nodes that the disks are written to.

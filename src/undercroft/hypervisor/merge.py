@@ -28,15 +28,18 @@ from undercroft.model.errors import NoSpaceError, QmpError, TimeLimitError
 
 __all__ = [
     "absorb",
+    "begun",
     "cancel_job",
     "drop_node",
     "follow_job",
+    "give_up_jobs",
     "jobs_of",
     "offline",
     "reopen",
 ]
 
-_JOB = "merge"
+MERGE, FOLD = "merge-", "fold-"
+_JOBS = (MERGE, FOLD)  # what the names of jobs that put layers together begin with
 _POLL = 0.1
 _SET = re.compile(r"/dev/fdset/(\d+)")
 _START_TIMEOUT = 20.0
@@ -59,19 +62,21 @@ async def absorb(
     """
     upper, lower = layers[index], layers[index + 1]
     below = layers[index + 2].node if index + 2 < len(layers) else None
-    job = f"{_JOB}-{upper.node}"
-    if not await _begun(monitor, job):
+    job = MERGE + upper.node
+    arguments: dict[str, Any] = {}
+    if not await begun(monitor, job):
         nodes = await block_nodes(monitor)
         if lower.node not in nodes:
             return  # a daemon died when this was done
         if nodes.get(f"{upper.node}-file", {}).get("ro", True):
             await reopen(monitor, upper, write=True, backing=lower.node)
         await copy_up(monitor, upper.node, lower.node, fresh)
-        arguments: dict[str, Any] = {"job-id": job, "device": upper.node, "auto-dismiss": False}
+        arguments = {"job-id": job, "device": upper.node, "auto-dismiss": False}
         if below is not None:
             arguments["base-node"] = below
-        await monitor.execute("block-stream", arguments)
     try:
+        if arguments:
+            await monitor.execute("block-stream", arguments)
         await follow_job(monitor, job, progress)
     except BaseException as error:
         if isinstance(error, asyncio.CancelledError):
@@ -92,13 +97,17 @@ async def jobs_of(monitor: Monitor) -> dict[str, dict[str, Any]]:
     return {job["id"]: job for job in jobs}
 
 
-async def _begun(monitor: Monitor, wanted: str) -> bool:
-    """Whether an earlier daemon began this job. Other ones of that kind are given up."""
-    jobs = await jobs_of(monitor)
-    for job in jobs:
-        if job.startswith(_JOB) and job != wanted:
+async def begun(monitor: Monitor, wanted: str) -> bool:
+    """Whether an earlier daemon began this job. Others that put layers together are given up."""
+    await give_up_jobs(monitor, spare=wanted)
+    return wanted in await jobs_of(monitor)
+
+
+async def give_up_jobs(monitor: Monitor, spare: str | None = None) -> None:
+    """Ends all jobs that put layers together, but for one."""
+    for job in await jobs_of(monitor):
+        if job.startswith(_JOBS) and job != spare:
             await cancel_job(monitor, job)
-    return wanted in jobs
 
 
 async def follow_job(

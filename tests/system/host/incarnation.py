@@ -4,6 +4,7 @@ told to: before it opens or renames a file, or between any two things that it aw
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import multiprocessing
 import os
@@ -19,7 +20,9 @@ from undercroft.host.agent import HostAgent
 from undercroft.host.environment import Environment
 from undercroft.host.layers import chain, plan_layers
 from undercroft.host.registration import register
-from undercroft.model.errors import UndercroftError
+from undercroft.hypervisor import sockets
+from undercroft.hypervisor.qmp import Monitor
+from undercroft.model.errors import QmpError, TimeLimitError, UndercroftError
 from undercroft.model.snapshot import Snapshot, SnapshotState
 from undercroft.model.task import Task
 from undercroft.model.template import Template
@@ -287,10 +290,30 @@ class World:
         command += [part for text in commands for part in ("-c", text)]
         return (await run([*command, "json:" + json.dumps(node)], timeout=LEASH)).decode()
 
+    async def head(self, name: str) -> str:
+        """The layer that the disk of a VM is written to."""
+        return await self._head((await self.operations.vms.get(SYSTEM, name)).record)
+
     async def depth(self, name: str) -> int:
         """Of how many layers the disk of a VM consists."""
         vm = (await self.operations.vms.get(SYSTEM, name)).record
         return len(await chain(self.environment, await self._head(vm)))
+
+
+async def write_without_daemon(data: Path, vm: str, commands: Callable[[], list[str]]) -> bool:
+    """Has commands of ``qemu-io`` carried out by the QEMU of a VM (an id) if its guest runs, while
+    there is no daemon; whether it did."""
+    path = data / "run" / "vms" / vm / "qmp.sock"
+    wrote = False
+    monitor = Monitor(vm, lambda event: None, lambda: None)
+    with contextlib.suppress(OSError, QmpError, TimeLimitError):
+        await monitor.connect(await asyncio.to_thread(sockets.connect, path), timeout=20.0)
+        if (await monitor.execute("query-status"))["status"] == "running":
+            for command in commands():
+                await hmp(monitor.execute, command)
+            wrote = True
+        await monitor.close()
+    return wrote
 
 
 async def hmp(execute: Callable[..., Coroutine[Any, Any, Any]], command: str) -> None:

@@ -7,13 +7,13 @@ There are no guests: what one would write, `qemu-io` does, through the VM's own 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import shutil
 import signal
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,9 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from tests.system.daemon.installation import wait_gone
-from tests.system.host.incarnation import Incarnation, hmp
+from tests.system.host.incarnation import Incarnation, write_without_daemon
 from undercroft.host import orphans
-from undercroft.hypervisor import sockets
-from undercroft.hypervisor.qmp import Monitor
-from undercroft.model.errors import QmpError, TimeLimitError, UndercroftError
+from undercroft.model.errors import UndercroftError
 from undercroft.model.requests import (
     CloneMode,
     CloneRequest,
@@ -288,14 +286,8 @@ class Accidents(RuleBasedStateMachine):
     async def write_without_daemon(self, writes: list[int]) -> None:
         """QEMU goes on while there is no daemon, and so does what a guest would do."""
         for name in self.disks:
-            path = self.data / "run" / "vms" / self.ids[name] / "qmp.sock"
-            monitor = Monitor(name, lambda event: None, lambda: None)
-            with contextlib.suppress(OSError, QmpError, TimeLimitError):
-                await monitor.connect(await asyncio.to_thread(sockets.connect, path), timeout=20.0)
-                if (await monitor.execute("query-status"))["status"] == "running":
-                    for command in self.commands(name, writes, True):
-                        await hmp(monitor.execute, command)
-                await monitor.close()
+            run = partial(self.commands, name, writes, True)
+            await write_without_daemon(self.data, self.ids[name], run)
 
     def everything_is_as_it_should_be(self) -> None:
         self.failed = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 from collections.abc import Iterator
@@ -10,12 +11,13 @@ from pathlib import Path
 import pytest
 
 from tests.system.daemon.installation import wait_gone
-from tests.system.host.incarnation import Incarnation
+from tests.system.host.incarnation import Incarnation, write_without_daemon
 from undercroft.host import orphans
 from undercroft.model.requests import CloneRequest, SnapshotCreate, StopRequest, VMCreate
 from undercroft.model.vm import RestartPolicy
 
 MIB = 1 << 20
+STEPS = [int(steps) for steps in os.environ.get("CROFT_STEPS", "60 90 120 150").split()]
 PLACES = [0, 512 << 10, 900 << 10, 2 * MIB, 4 * MIB]
 
 
@@ -91,3 +93,52 @@ def test_clones_share_a_layer_that_was_merged_into(daemon: Incarnation) -> None:
     assert daemon.ask("read", "head", "a", PLACES, 4096) == [7, 7, 7, 0, 0]
     daemon.ask("do", "vms.stop", "a", StopRequest(force=True))
     assert daemon.ask("findings") == []
+
+
+def test_what_costs_less_is_copied(daemon: Incarnation) -> None:
+    create(daemon)
+    lower = daemon.ask("head", "a")
+    daemon.ask("write", "a", ["write -P 7 0 1M", "flush"])
+    take(daemon, "s1")
+    daemon.ask("write", "a", ["write -P 8 512k 4k", "flush"])
+    daemon.ask("do", "snapshots.remove", "a", "s1")
+    assert daemon.ask("head", "a") == lower
+    take(daemon, "s2")
+    daemon.ask("write", "a", ["write -P 9 2M 3M", "flush"])
+    daemon.ask("do", "snapshots.remove", "a", "s2")
+    assert daemon.ask("head", "a") != lower
+    take(daemon, "s3")
+    assert daemon.ask("depth", "a") == 2
+    assert daemon.ask("read", "head", "a", PLACES, 4096) == [7, 8, 7, 9, 9]
+    assert daemon.ask("findings") == []
+
+
+@pytest.mark.parametrize("steps", STEPS)
+def test_a_daemon_dies_over_a_merge_and_then_qemu_does(data: Path, steps: int) -> None:
+    """What the guest wrote and flushed while there was no daemon is there after all that."""
+    daemon = Incarnation(data)
+    create(daemon)
+    vm = daemon.ask("ids")["a"]
+    daemon.ask("write", "a", ["write -P 7 0 1M", "flush"])
+    take(daemon, "s1")
+    daemon.ask("write", "a", ["write -P 8 512k 4k", "flush"])
+    holds = [7, 8, 7, 0, 0]
+    try:
+        daemon.ask("do", "snapshots.remove", "a", "s1", steps=steps)
+    except EOFError:
+        if asyncio.run(write_without_daemon(data, vm, lambda: ["write -P 9 2M 4k", "flush"])):
+            holds[3] = 9
+        daemon = Incarnation(data)
+    # And the next one dies, too, when it has got further; then QEMU.
+    try:
+        daemon.ask("peace", steps=steps)
+    except EOFError:
+        if asyncio.run(write_without_daemon(data, vm, lambda: ["write -P 5 4M 4k", "flush"])):
+            holds[4] = 5
+        kill_emulators(data)
+        daemon = Incarnation(data)
+    daemon.ask("peace")
+    assert daemon.ask("depth", "a") == 1
+    assert daemon.ask("read", "head", "a", PLACES, 4096) == holds
+    assert daemon.ask("findings") == []
+    daemon.kill()

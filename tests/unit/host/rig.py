@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -174,10 +174,38 @@ class FakeMachine:
         layers: Sequence[DiskLayer],
         index: int,
         progress: Callable[[float], None] | None = None,
+        fresh: Collection[str] = (),
     ) -> None:
         await self._call("absorb")
         if self.over:
             raise QmpError("it is gone")
+
+    async def begin_fold(
+        self,
+        layers: Sequence[DiskLayer],
+        keep: Collection[str],
+        fresh: Collection[str],
+        progress: Callable[[float], None] | None = None,
+    ) -> None:
+        await self._call("begin_fold")
+        if self.over:
+            raise QmpError("it is gone")
+
+    async def end_fold(self, layers: Sequence[DiskLayer]) -> None:
+        self._need(RunState.PAUSED)
+        self.nodes = [layers[1].node if node == layers[0].node else node for node in self.nodes]
+        await self._call("end_fold")
+        if self.over:
+            raise QmpError("it is gone")
+
+    async def drop_folded(self, disks: tuple[PlanDisk, ...]) -> None:
+        await self._call("drop_folded")
+
+    async def written(self) -> list[str]:
+        return list(self.nodes)
+
+    async def give_up_merging(self) -> None:
+        await self._call("give_up_merging")
 
     async def power_button(self) -> None:
         self._need(RunState.RUNNING)
@@ -320,6 +348,19 @@ class Rig:
         with contextlib.suppress(UndercroftError):
             await self.store.transact(Transaction())
 
+    async def kill(self) -> None:
+        """The daemon dies: what it was about to do it does not do."""
+        for actor in self.actors.values():
+            for task in (actor._loop_task, actor._running):
+                if task is not None:
+                    task.cancel()
+        self.actors.clear()
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            if "_go_over" in repr(task):
+                task.cancel()
+        await asyncio.sleep(0.05)
+        await self.close()
+
     async def disk(self, vm: VM) -> Path:
         """The file that the VM's first disk is written to."""
         head = await head_layer(self.environment, vm.spec.disks[0].volume)
@@ -351,6 +392,14 @@ class Rig:
 
     async def state(self, ref: str, state: VMState) -> VM:
         return await self.until(ref, lambda vm: vm.status.state is state and not vm.tasks)
+
+
+def adoptable(rig: Rig, machine: FakeMachine) -> None:
+    """The next daemon finds this machine."""
+    rig.hypervisor.adoptable[machine.plan.id] = machine
+    directory = rig.environment.run_directory(machine.plan.id)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "qmp.sock").touch()
 
 
 def _over(task: Task) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.host.acting import FORCE, blocked, running
-from tests.unit.host.rig import FakeMachine, Rig
+from tests.unit.host.rig import Rig, adoptable
 from undercroft.host import quiescing, snapshots
 from undercroft.host.snapshots import collect_snapshots, sweep_snapshots
 from undercroft.hypervisor.machine import RunState
@@ -99,13 +99,6 @@ async def test_branching_off_is_not_left_half_done(rig: Rig) -> None:
     await assert_nothing_of_it(rig)
     (volume,) = await rig.world.all(Volume)
     assert machine.nodes == [f"{volume.status.head}.0"]
-
-
-def adoptable(rig: Rig, machine: FakeMachine) -> None:
-    rig.hypervisor.adoptable[machine.plan.id] = machine
-    directory = rig.environment.run_directory(machine.plan.id)
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "qmp.sock").touch()
 
 
 async def test_memory_goes_with_its_disks_when_the_daemon_ended_in_between(rig: Rig) -> None:
