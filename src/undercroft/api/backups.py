@@ -6,12 +6,15 @@ from typing import Annotated
 
 from litestar import Controller, Response, delete, get, post
 from litestar.params import FromPath, JSONBody, QueryParameter
+from litestar.response.base import ASGIResponse
 
 from undercroft.api.answers import AnyRequest, answer_task, caller, errors, operations
+from undercroft.api.streams import Streaming, begin
 from undercroft.model.backup import (
     Backup,
     BackupCreate,
     BackupList,
+    BackupStream,
     Pruned,
     PruneRequest,
     RestoreRequest,
@@ -45,6 +48,24 @@ class BackupController(Controller):
         changed since the backup before is read, where that is known. The task's result tells what
         was read and written."""
         return answer_task(await operations(request).backups.create(caller(request), ref, data))
+
+    @post(
+        "/vms/{ref:str}/backup/stream",
+        operation_id="streamBackup",
+        summary="Back a VM up through a pipe",
+        status_code=200,
+        media_type="application/octet-stream",
+        responses=errors(403, 404, 409, 502, 507),
+    )
+    async def stream_backup(
+        self, request: AnyRequest, ref: FromPath[str], data: JSONBody[BackupStream | None] = None
+    ) -> ASGIResponse:
+        """The backup as one archive (docs/backup.md), whole if it ends with its manifest; made as
+        fast as it is read. Nothing of it stays here."""
+        content = await operations(request).backups.stream(
+            caller(request), ref, data or BackupStream()
+        )
+        return Streaming(await begin(content), "application/octet-stream")
 
     @get("/backups", operation_id="listBackups", summary="List backups", responses=errors(403, 404))
     async def list_backups(

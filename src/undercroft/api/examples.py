@@ -23,6 +23,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "revertSnapshot": {"force": True},
     "createCheckpoint": {"owner": "nightly", "quiesce": True},
     "backUpVM": {"repository": "/backup/vms", "quiesce": True},
+    "streamBackup": {"description": "before the upgrade"},
     "verifyBackups": {"repository": "/backup/vms", "backups": ["web1"]},
     "restoreBackup": {"repository": "/backup/vms", "backup": "web1", "name": "web2"},
     "pruneBackups": {"repository": "/backup/vms", "last": 7, "weekly": 4},

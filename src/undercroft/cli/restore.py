@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+
 from undercroft.cli.backups import add_from, repository
 from undercroft.cli.command import Command, Namespace, Parser
-from undercroft.cli.errors import UsageError
+from undercroft.cli.errors import OK, UsageError
+from undercroft.client.raw import quote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from undercroft.cli.context import Croft
 
 
@@ -23,6 +28,7 @@ class Restore(Command):
         ("croft backup restore web1 --from /backup/vms", "the newest, under its own name"),
         ("croft backup restore bk-… --as web2 --start", "as a new VM, switched on"),
         ("croft backup restore web1 --over web1 --force", "back to what it was"),
+        ("ssh nas 'cat web1.backup' | croft backup restore - --as web2", "from another machine"),
     )
 
     def arguments(self, parser: Parser) -> None:
@@ -31,6 +37,7 @@ class Restore(Command):
         )
         add_from(parser)
         parser.add_argument("--as", dest="name", metavar="NAME", help="the new VM's name")
+        parser.add_argument("--datastore", metavar="DATASTORE", help="for the new VM's disks")
         parser.add_argument("--over", metavar="VM", help="make this VM what it was")
         parser.add_argument(
             "-f", "--force", action="store_true", help="with --over: it loses what it is now"
@@ -48,13 +55,13 @@ class Restore(Command):
 
         if args.name and args.over:
             raise UsageError("--as makes a new VM, --over changes one", "give one of them")
-        body = {
-            "repository": repository(croft, args.source),
-            "backup": args.backup,
+        body: dict[str, Any] = {
+            **_source(croft, args),
             "name": args.name,
             "over": args.over,
             "force": args.force,
             "start": args.start,
+            "datastore": args.datastore,
             "damaged": args.damaged,
         }
         told = f"is as it was in {args.backup}" if args.over else f"is restored from {args.backup}"
@@ -67,6 +74,43 @@ class Restore(Command):
         )
 
 
+def _source(croft: Croft, args: Namespace) -> dict[str, Any]:
+    if args.backup != "-":
+        return {"repository": repository(croft, args.source), "backup": args.backup}
+    from undercroft.cli.sending import Pipe
+    from undercroft.cli.sending import send as upload
+
+    if sys.stdin.isatty():
+        raise UsageError("a backup comes through a pipe", "croft backup restore - < web1.backup")
+    pipe = Pipe(sys.stdin.fileno())
+    upload(croft, "send the backup", pipe)
+    return {"upload": pipe.key}
+
+
 def send(croft: Croft, args: Namespace) -> int:
     """Backs a VM up to standard output."""
-    raise UsageError("not yet", "give a directory")
+    if len(args.names) != 1:
+        raise UsageError("one VM goes through a pipe", "name one, or a directory for several")
+    if sys.stdout.isatty():
+        raise UsageError(
+            "a backup is nothing for a terminal", "croft backup create VM --to - > FILE"
+        )
+    import json
+
+    from undercroft.cli.transfer import shown
+
+    (name,) = args.names
+    names = ("quiesce", "description", "decrypt")
+    body = {given: getattr(args, given) for given in names}
+    response = croft.api.request(
+        "POST",
+        f"/v1/vms/{quote(name)}/backup/stream",
+        headers={"content-type": "application/json"},
+        body=json.dumps(body).encode(),
+        timeout=600.0,
+    )
+    with shown(croft, f"back up {name}", None, 0) as count:
+        for piece in count(response.chunks()):
+            sys.stdout.buffer.write(piece)
+    sys.stdout.buffer.flush()
+    return OK

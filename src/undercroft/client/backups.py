@@ -13,6 +13,7 @@ from undercroft.model.backup import (
     Backup,
     BackupCreate,
     BackupList,
+    BackupStream,
     Pruned,
     PruneRequest,
     RestoreRequest,
@@ -32,6 +33,18 @@ class BackupsClient:
     def create(self, vm: str, request: BackupCreate) -> Task:
         """Backs a VM up."""
         return decode(_post(self._raw, f"/v1/vms/{quote(vm)}/backup", request), Task)
+
+    def stream(self, vm: str, request: BackupStream | None = None) -> Iterator[bytes]:
+        """A backup as one archive, piece by piece. The request is sent at once, so that errors are
+        raised here and not at the first piece."""
+        response = self._raw.request(
+            "POST",
+            f"/v1/vms/{quote(vm)}/backup/stream",
+            headers={"content-type": "application/json"},
+            body=msgspec.json.encode(request or BackupStream()),
+            timeout=600.0,
+        )
+        return response.chunks()
 
     def list(self, repository: str, vm: str | None = None) -> BackupList:
         """What is in a repository, oldest first."""

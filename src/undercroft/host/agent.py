@@ -120,6 +120,7 @@ class HostAgent:
             actor.launch()
         for item in (await self.environment.store.list(Task)).items:
             self._backups.wake(item.record)
+        await self._backups.sweep()
         revision = min(vms.revision, images.revision, volumes.revision, exports.revision)
         self._background = [
             asyncio.create_task(self._follow(revision), name="follow"),

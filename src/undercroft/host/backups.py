@@ -31,7 +31,7 @@ from undercroft.model.event import EventLevel
 from undercroft.model.task import Task, TaskState
 from undercroft.model.vm import VM
 from undercroft.operations.access import SYSTEM
-from undercroft.operations.checkpoints import CheckpointOperations
+from undercroft.operations.checkpoints import PIPE, CheckpointOperations
 from undercroft.storage.backup.pruning import sweep
 from undercroft.storage.backup.reading import verify
 from undercroft.storage.backup.repository import Repository
@@ -75,6 +75,15 @@ class BackupWorker:
             self.wake(task)
         elif (error := work.exception()) is not None:
             log.error("backup work failed", task=task.meta.id, exc_info=error)
+
+    async def sweep(self) -> None:
+        """Lets go what was being sent when the last daemon ended. For the agent, at its start."""
+        for item in (await self.environment.store.list(Checkpoint)).items:
+            if item.record.spec.owner == PIPE:
+                with contextlib.suppress(UndercroftError):  # its VM is being removed
+                    await self._checkpoints.give_up(
+                        SYSTEM, item.record.spec.vm, item.record.meta.id
+                    )
 
     def cancel_task(self, task: Task) -> None:
         """Stops a task, unless it is as good as done."""

@@ -76,6 +76,9 @@ async def create(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
         outcome.event, outcome.message = "vm.imported", f"{vm.label} was imported"
         outcome.result["notes"] = run.arguments.get("notes", [])
         outcome.after = partial(forget_upload, environment, run)
+    if run.arguments.get("restore"):
+        outcome.event, outcome.message = "backup.restored", f"{vm.label} was restored"
+        outcome.after = partial(forget_upload, environment, run)
     if warm := str(run.arguments.get("warm", "")):
         environment.wish(vm.meta.id, warm)
     return outcome

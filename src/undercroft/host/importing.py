@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -194,8 +195,7 @@ def _check_stamp(fd: int, source: ImportSource) -> None:
 
 async def forget_upload(environment: Environment, run: TaskRun) -> None:
     """Removes the upload that an import has used up, unless another import needs it."""
-    arguments = run.arguments.get("import") or {}
-    key = arguments.get("source", {}).get("upload")
+    key = _upload_of(run.arguments)
     if key is not None and key not in await _used(environment):
         await asyncio.to_thread(upload_path(environment, key).unlink, True)
 
@@ -219,6 +219,14 @@ async def _used(environment: Environment) -> set[str]:
     found = set()
     for item in (await environment.store.list(Task)).items:
         task = item.record
-        if not task.status.state.final and "import" in task.spec.arguments:
-            found.add(str(task.spec.arguments["import"]["source"].get("upload")))
+        key = _upload_of(task.spec.arguments)
+        if key is not None and not task.status.state.final:
+            found.add(key)
     return found
+
+
+def _upload_of(arguments: Mapping[str, Any]) -> str | None:
+    """The upload that a task needs: an import, or the restoring of a backup."""
+    source: Mapping[str, Any] = (arguments.get("import") or {}).get("source", arguments)
+    key = source.get("upload")
+    return str(key) if key is not None else None

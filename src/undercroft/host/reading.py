@@ -82,7 +82,7 @@ async def with_disk(
     marks = (since.meta.id, count) if since is not None and count else None
     async with serving(environment, vm, layers, since=marks) as export:
         if marks is not None and export.why is not None:
-            why = LOST
+            why = export.why
 
         def read(stop: Stop) -> T:
             known = why is None

@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+from undercroft.host.environment import Environment
+from undercroft.host.uploads import upload_path
 from undercroft.model.backup import Backup, BackupList
+from undercroft.model.errors import NotFoundError
 from undercroft.model.names import new_id
+from undercroft.storage.backup.archive import read_manifest
 from undercroft.storage.backup.repository import Repository
 
 
@@ -26,6 +30,18 @@ class Repositories:
     async def backup(self, repository: str, ref: str) -> Backup:
         """One backup."""
         return await asyncio.to_thread(lambda: _opened(repository).get(ref))
+
+
+async def archived(environment: Environment, upload: str) -> Backup:
+    """What is in an archive that was sent.
+
+    Raises:
+        NotFoundError: there is no such upload. DataCorruptError: it is none, or cut off.
+    """
+    try:
+        return await asyncio.to_thread(read_manifest, upload_path(environment, upload))
+    except FileNotFoundError:
+        raise NotFoundError(f"there is no upload {upload[:12]}", action="send it again") from None
 
 
 def _opened(repository: str) -> Repository:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from undercroft.host.actor import Outcome, VMActor
 from undercroft.host.datastores import driver, file_name
 from undercroft.host.environment import Environment
 from undercroft.host.imaging import reported
+from undercroft.host.importing import forget_upload
 from undercroft.host.layers import collect_layers, get_layer, new_layer, volume_status
 from undercroft.host.outcome import TaskRun, change_status, write
 from undercroft.host.reading import opened, serving
+from undercroft.host.uploads import upload_path
 from undercroft.hypervisor.plan import DiskFormat, DiskLayer
 from undercroft.hypervisor.suspend import discard_state
 from undercroft.model.backup import Backup, BackupDisk
@@ -28,9 +31,10 @@ from undercroft.model.errors import DataError
 from undercroft.model.layer import LayerState
 from undercroft.model.vm import VM, Power, VMState
 from undercroft.model.volume import Volume, VolumeState
+from undercroft.storage.backup.archive import Archive
 from undercroft.storage.backup.packs import Packs
 from undercroft.storage.backup.reading import read_disk, restore_files
-from undercroft.storage.backup.repository import Repository
+from undercroft.storage.backup.repository import Repository, RepositoryLock
 from undercroft.storage.files import disk_full_is_clear, remove_tree, sync_directory
 from undercroft.storage.threads import Stop, in_thread
 from undercroft.storage.volumes import create_volume
@@ -108,6 +112,7 @@ async def restore_over(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
         outcome = await power.start(actor, restored, run)
     outcome.event = "backup.restored"
     outcome.message = f"{vm.label} was restored from backup {run.arguments['backup']}"
+    outcome.after = partial(forget_upload, environment, run)
     return outcome
 
 
@@ -120,14 +125,17 @@ class Restoring:
         self._run = run
         self._lenient = bool(run.arguments.get("damaged"))
         self._made: list[Path] = []
-        self._packs: Packs | None = None
+        self._packs: Packs | Archive | None = None
+        self._lock: RepositoryLock | None = None
         self.backup: Backup
 
     async def __aenter__(self) -> Restoring:
+        if self._run.arguments.get("upload"):
+            return await self._open_upload(str(self._run.arguments["upload"]))
         path = Path(str(self._run.arguments["repository"]))
         repository = await asyncio.to_thread(Repository.open, path)
-        self._lock = repository.lock(share=True)
-        while not await asyncio.to_thread(self._lock.try_lock):
+        self._lock = lock = repository.lock(share=True)
+        while not await asyncio.to_thread(lock.try_lock):
             await self._run.progress(None, "waiting for the repository")
             await asyncio.sleep(0.2)
         try:
@@ -136,14 +144,22 @@ class Restoring:
             )
             self._packs = await asyncio.to_thread(repository.packs)
         except BaseException:
-            self._lock.close()
+            lock.close()
             raise
+        return self
+
+    async def _open_upload(self, key: str) -> Restoring:
+        environment = self._environment
+        path = upload_path(environment, key)
+        self._packs = archive = await in_thread(lambda _: Archive.open(path, environment.tmp))
+        self.backup = archive.backup
         return self
 
     async def __aexit__(self, *_: object) -> None:
         if self._packs is not None:
             self._packs.close()
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
         for path in self._made:
             await asyncio.to_thread(path.unlink, missing_ok=True)
             await asyncio.to_thread(self._environment.keys.remove, path.name)

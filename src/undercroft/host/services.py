@@ -13,12 +13,14 @@ from undercroft.host.environment import Environment
 from undercroft.host.exports import read_export
 from undercroft.host.importing import examine
 from undercroft.host.reading import changes, read_disk
-from undercroft.host.repositories import Repositories
+from undercroft.host.repositories import Repositories, archived
+from undercroft.host.streaming import stream_backup
 from undercroft.host.usage import measure
 from undercroft.host.volume_check import check_volumes
 from undercroft.hypervisor.console import read_log
 from undercroft.hypervisor.guestagent import GuestAgent
 from undercroft.hypervisor.machine import QemuMachine
+from undercroft.model.backup import Backup
 from undercroft.model.checkpoint import Changes, Checkpoint
 from undercroft.model.datastore import Datastore
 from undercroft.model.errors import DataError, GuestAgentError, UndercroftError, WrongStateError
@@ -214,6 +216,16 @@ class LocalHost(Repositories):
     ) -> Changes:
         """What of a disk at a checkpoint is not what it was at an earlier one."""
         return await changes(self._environment, vm, checkpoint, disk, since)
+
+    def stream_backup(
+        self, vm: VM, checkpoint: Checkpoint, id: str, description: str
+    ) -> AsyncIterator[bytes]:
+        """A backup as an archive."""
+        return stream_backup(self._environment, vm, checkpoint, id, description)
+
+    async def archived(self, upload: str) -> Backup:
+        """What is in an archive that was sent."""
+        return await archived(self._environment, upload)
 
     def read_disk(
         self, vm: VM, checkpoint: Checkpoint, disk: int, offset: int, length: int

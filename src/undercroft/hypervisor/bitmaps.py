@@ -14,7 +14,7 @@ from undercroft.hypervisor.plan import DiskLayer
 from undercroft.hypervisor.qmp import Monitor
 from undercroft.model.errors import QmpError
 
-__all__ = ["copy_up", "tidy", "union", "usable"]
+__all__ = ["copy_up", "drop_useless", "tidy", "union", "usable"]
 
 GRANULARITY = 64 << 10
 
@@ -40,16 +40,24 @@ async def union(monitor: Monitor, layers: Sequence[DiskLayer], name: str, into: 
     for layer in layers:
         if not usable((await bitmaps(monitor, layer.node)).get(name)):
             return "QEMU was killed since, so what it had marked is lost"
+    sources = [{"node": layer.node, "name": name} for layer in layers]
+    sizes = {found["image"]["virtual-size"] for found in await _described(monitor, layers)}
+    if len(sizes) > 1:  # QEMU merges only those of one size
+        return "the disk has grown since"
     top = layers[0].node
     await monitor.execute(
         "block-dirty-bitmap-add",
         {"node": top, "name": into, "granularity": GRANULARITY, "disabled": True},
     )
-    sources = [{"node": layer.node, "name": name} for layer in layers]
     await monitor.execute(
         "block-dirty-bitmap-merge", {"node": top, "target": into, "bitmaps": sources}
     )
     return None
+
+
+async def _described(monitor: Monitor, layers: Sequence[DiskLayer]) -> list[dict[str, Any]]:
+    nodes = await block_nodes(monitor)
+    return [nodes[layer.node] for layer in layers]
 
 
 async def tidy(monitor: Monitor, node: str, wanted: Collection[str]) -> dict[str, dict[str, Any]]:
@@ -61,6 +69,11 @@ async def tidy(monitor: Monitor, node: str, wanted: Collection[str]) -> dict[str
         elif not bitmap.get("busy", False):
             await monitor.execute("block-dirty-bitmap-remove", {"node": node, "name": name})
     return left
+
+
+async def drop_useless(monitor: Monitor, node: str) -> None:
+    """Removes the bitmaps of a writable node that a killed QEMU left."""
+    await tidy(monitor, node, await bitmaps(monitor, node))
 
 
 async def copy_up(monitor: Monitor, upper: str, lower: str, fresh: Collection[str]) -> None:

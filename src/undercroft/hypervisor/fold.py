@@ -23,6 +23,7 @@ from undercroft.hypervisor.merge import (
     drop_node,
     follow_job,
     jobs_of,
+    reads_only,
     reopen,
 )
 from undercroft.hypervisor.plan import DiskLayer
@@ -53,7 +54,7 @@ async def begin_fold(
     commit = not await begun(monitor, job)
     if commit:
         nodes = await block_nodes(monitor)
-        if nodes.get(f"{lower.node}-file", {}).get("ro", True):
+        if reads_only(nodes, lower):
             below = layers[2].node if len(layers) > 2 else None
             await reopen(monitor, lower, write=True, backing=below)
         left = await tidy(monitor, lower.node, {*keep, *fresh})

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from undercroft.hypervisor.bitmaps import drop_useless
 from undercroft.hypervisor.devices.places import hot_disk, scsi_controller
 from undercroft.hypervisor.emulator import Emulator
 from undercroft.hypervisor.line import Line, escape
@@ -244,6 +245,7 @@ async def resize(monitor: Monitor, disk: PlanDisk, size: int) -> None:
             "an NVMe disk cannot grow while a running guest has it",
             action="detach it, make it larger, and attach it again; or stop the VM first",
         )
+    await drop_useless(monitor, disk.node)  # QEMU would refuse
     await monitor.execute("block_resize", {"node-name": disk.node, "size": size})
 
 

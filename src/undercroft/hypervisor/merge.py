@@ -35,6 +35,7 @@ __all__ = [
     "give_up_jobs",
     "jobs_of",
     "offline",
+    "reads_only",
     "reopen",
 ]
 
@@ -68,7 +69,7 @@ async def absorb(
         nodes = await block_nodes(monitor)
         if lower.node not in nodes:
             return  # a daemon died when this was done
-        if nodes.get(f"{upper.node}-file", {}).get("ro", True):
+        if reads_only(nodes, upper):
             await reopen(monitor, upper, write=True, backing=lower.node)
         await copy_up(monitor, upper.node, lower.node, fresh)
         arguments = {"job-id": job, "device": upper.node, "auto-dismiss": False}
@@ -141,6 +142,11 @@ async def cancel_job(monitor: Monitor, job: str) -> None:
         await monitor.execute("job-cancel", {"id": job})
     with contextlib.suppress(QmpError, NoSpaceError):
         await follow_job(monitor, job)
+
+
+def reads_only(nodes: Mapping[str, Mapping[str, Any]], layer: DiskLayer) -> bool:
+    """Whether QEMU has a layer, or (after a snapshot) only its file, for reading only."""
+    return any(nodes.get(name, {}).get("ro", True) for name in (layer.node, f"{layer.node}-file"))
 
 
 async def reopen(monitor: Monitor, layer: DiskLayer, *, write: bool, backing: str | None) -> None:

@@ -27,7 +27,8 @@ def _short(path: Path) -> Iterator[tuple[int, str]]:
 
 def listen(path: Path, *, mode: int = 0o600, backlog: int = 16) -> socket.socket:
     """A listening stream socket at ``path``, in place of whatever was there. It can be connected
-    to only by whom ``mode`` admits, from its first moment on.
+    to only by whom ``mode`` admits, from its first moment on. It does not block: while QEMU starts,
+    two of its threads may accept the same connection, and the second would hang for ever.
 
     Raises:
         OSError: the directory is missing or not ours.
@@ -40,6 +41,7 @@ def listen(path: Path, *, mode: int = 0o600, backlog: int = 16) -> socket.socket
             listener.bind(name)
             # Before listen() nobody can connect, so there is no moment with a laxer mode.
             os.chmod(path.name, mode, dir_fd=directory)
+        listener.setblocking(False)
         listener.listen(backlog)
     except BaseException:
         listener.close()

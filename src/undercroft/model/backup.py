@@ -105,14 +105,26 @@ class BackupCreate(Spec, frozen=True, kw_only=True):
     description: str = ""
 
 
-class RestoreRequest(Spec, frozen=True, kw_only=True):
-    """A backup (its id, or the name of a VM: its newest) to be restored: as a new VM called
-    ``name`` (None: as it was called), or ``over`` one that exists, which with ``force`` may run.
-    ``damaged``: also if parts of it are damaged, which then read as zeroes."""
+class BackupStream(Spec, frozen=True, kw_only=True):
+    """A backup to be sent as one archive, see `undercroft.storage.backup.archive`; ``decrypt`` as
+    in `BackupCreate`."""
 
-    repository: str
-    backup: str
+    decrypt: bool = False
+    quiesce: bool = False
+    description: str = ""
+
+
+class RestoreRequest(Spec, frozen=True, kw_only=True):
+    """A ``backup`` (its id, or the name of a VM: its newest) of a ``repository``, or an archive
+    that was sent (``upload``: its key), to be restored: as a new VM called ``name`` (None: as it
+    was called) in a ``datastore`` (None: the default), or ``over`` one that exists, which with
+    ``force`` may run. ``damaged``: also if parts of it are damaged, which then read as zeroes."""
+
+    repository: str = ""
+    backup: str = ""
+    upload: str | None = None
     name: str | None = None
+    datastore: str | None = None
     over: str | None = None
     force: bool = False
     start: bool = False

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from pathlib import PurePosixPath
 
 import msgspec
@@ -11,24 +13,33 @@ from undercroft.model.backup import (
     Backup,
     BackupCreate,
     BackupList,
+    BackupStream,
     Pruned,
     PruneRequest,
 )
 from undercroft.model.base import Ref
 from undercroft.model.checkpoint import CheckpointCreate
-from undercroft.model.errors import InvalidError, UnsupportedError
+from undercroft.model.errors import (
+    BusyError,
+    InvalidError,
+    UndercroftError,
+    UnsupportedError,
+    error_from_problem,
+)
 from undercroft.model.names import new_id
 from undercroft.model.task import Task
 from undercroft.model.vm import VM
 from undercroft.model.volume import Volume
-from undercroft.operations.access import Caller
+from undercroft.operations.access import SYSTEM, Caller
 from undercroft.operations.asking import Volumes, ask
-from undercroft.operations.checkpoints import CheckpointOperations
+from undercroft.operations.checkpoints import PIPE, CheckpointOperations
 from undercroft.operations.context import Context, find, new_task
+from undercroft.operations.tasks import TaskOperations
 from undercroft.storage.backup.pruning import kept
 from undercroft.store.interface import Put, Transaction
 
 MAX_DESCRIPTION = 1024
+PATIENCE = 300.0  # seconds that a VM may be busy with other things before it is sent
 
 
 def owner_of(repository: str) -> str:
@@ -79,6 +90,58 @@ class BackupOperations:
             )
 
         return await ask(self._context, caller, vm.meta.id, "checkpoint.create", prepare, beside)
+
+    async def stream(self, caller: Caller, ref: str, request: BackupStream) -> AsyncIterator[bytes]:
+        """A backup of a VM as one archive, which has its manifest at its end. Nothing of it stays
+        here.
+
+        Raises:
+            UndercroftError: what disks hold now could not be kept.
+        """
+        caller.require("vm.backup")
+        if len(request.description) > MAX_DESCRIPTION:
+            raise InvalidError(f"a description has at most {MAX_DESCRIPTION} characters")
+        wanted = CheckpointCreate(quiesce=request.quiesce, owner=PIPE)
+        vm = (await find(self._context.store, VM, ref)).record
+        if not request.decrypt:
+            await _check_readable(self._context, vm)
+        making = await self._checkpoints.make(caller, vm.meta.id, wanted)
+        id = str(making.spec.arguments["checkpoint"])
+        try:
+            tasks = TaskOperations(self._context)
+            done = (await tasks.wait(SYSTEM, making.meta.id, PATIENCE)).record
+            if done.status.error is not None:
+                raise error_from_problem(done.status.error)
+            if not done.status.state.final:
+                raise BusyError(
+                    f"{vm.label} is busy with other things",
+                    object=vm.label,
+                    action="see what it does: croft task ls; then try again",
+                )
+            checkpoint = (await self._checkpoints.get(SYSTEM, vm.meta.id, id)).record
+        except BaseException:
+            await asyncio.shield(self._give_up(vm, id))
+            raise
+        description = request.description
+        content = self._context.services.stream_backup(
+            vm, checkpoint, new_id("backup"), description
+        )
+        return self._streamed(vm, id, content)
+
+    async def _streamed(
+        self, vm: VM, checkpoint: str, content: AsyncIterator[bytes]
+    ) -> AsyncIterator[bytes]:
+        try:
+            async for piece in content:
+                yield piece
+        finally:
+            if isinstance(content, AsyncGenerator):
+                await content.aclose()
+            await asyncio.shield(self._give_up(vm, checkpoint))
+
+    async def _give_up(self, vm: VM, checkpoint: str) -> None:
+        with contextlib.suppress(UndercroftError):  # the VM is being removed
+            await self._checkpoints.give_up(SYSTEM, vm.meta.id, checkpoint)
 
     async def list(self, caller: Caller, repository: str, vm: str | None = None) -> BackupList:
         """The backups in a repository, oldest first; of one VM (its name or id), if given."""

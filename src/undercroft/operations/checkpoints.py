@@ -24,6 +24,9 @@ from undercroft.operations.context import Context, find
 from undercroft.store.interface import Listing, Versioned
 
 MAX_OWNER = 128
+OURS = "backup/"
+PIPE = "backup/-"
+"""Owner of checkpoints that are sent away, and go when that is done."""
 MAX_CHECKPOINTS = 16  # of one VM: each costs a bit for every 64 KiB that is written
 MAX_READ = 32 << 20  # bytes of one request
 
@@ -57,6 +60,14 @@ class CheckpointOperations:
             InvalidError: the request makes no sense. BusyError: there are too many.
             WrongStateError: the VM is being made or removed.
         """
+        if request.owner.startswith(OURS):
+            raise InvalidError(
+                f"owners that begin with {OURS} are Undercroft's own", action="choose another one"
+            )
+        return await self.make(caller, ref, request)
+
+    async def make(self, caller: Caller, ref: str, request: CheckpointCreate) -> Task:
+        """The same, also for backups."""
         caller.require("vm.backup")
         if len(request.owner) > MAX_OWNER or not request.owner.isprintable():
             raise InvalidError(f"an owner has at most {MAX_OWNER} printable characters")

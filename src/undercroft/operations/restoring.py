@@ -25,7 +25,9 @@ from undercroft.operations.access import Caller
 from undercroft.operations.asking import Volumes, ask
 from undercroft.operations.backups import check_repository
 from undercroft.operations.context import Context, new_event, new_task, scope
+from undercroft.operations.datastores import place_checks, place_id, place_new
 from undercroft.operations.snapshots import SHAPE
+from undercroft.operations.uploads import check_key
 from undercroft.operations.vm_create import assign_host_ports, port_claim
 from undercroft.store.interface import Check, Claim, Put, Transaction
 
@@ -38,14 +40,16 @@ async def restore(context: Context, caller: Caller, request: RestoreRequest) -> 
             name is taken. WrongStateError: the VM runs, and ``force`` was not given.
         InvalidError: the VM has other disks.
     """
-    caller.require("host.files")
-    path = check_repository(request.repository)
-    backup = await context.services.backup(path, request.backup)
-    arguments: dict[str, object] = {
-        "repository": path,
-        "backup": backup.id,
-        "damaged": request.damaged,
-    }
+    if request.upload is None:
+        caller.require("host.files")
+    arguments: dict[str, object] = {"damaged": request.damaged}
+    if request.upload is not None:
+        arguments["upload"] = check_key(request.upload)
+        backup = await context.services.archived(request.upload)
+    else:
+        arguments["repository"] = path = check_repository(request.repository)
+        backup = await context.services.backup(path, request.backup)
+    arguments["backup"] = backup.id
     if request.over is not None:
         if request.name is not None:
             raise InvalidError("a backup becomes a new VM, or goes over one: not both")
@@ -104,7 +108,10 @@ async def _new(
     name = check_name(request.name or backup.name)
     for _ in range(20):
         image = await _image(context, backup)
-        vm, volumes = await _compose(context, backup, name, image, start=request.start)
+        where = await place_new(context, request.datastore)
+        vm, volumes = await _compose(
+            context, backup, name, image, place_id(where), start=request.start
+        )
         task = new_task(
             context, "vm.create", vm, caller.name, start=request.start, restore=True, **arguments
         )
@@ -124,6 +131,7 @@ async def _new(
             for forward in port.forwards
         ]
         checks = [Check(Image, image.meta.id, revision) for image, revision in image or ()]
+        checks += place_checks(where)
         puts = [Put(vm), Put(task), Put(event), *(Put(volume) for volume in volumes)]
         try:
             await context.store.transact(Transaction(checks=checks, claims=claims, puts=puts))
@@ -181,6 +189,7 @@ async def _compose(
     backup: Backup,
     name: str,
     image: list[tuple[Image, int]] | None,
+    datastore: str | None,
     *,
     start: bool,
 ) -> tuple[VM, list[Volume]]:
@@ -200,6 +209,7 @@ async def _compose(
                 size=check_volume_size(disk.size),
                 host=context.host,
                 vm=id,
+                datastore=datastore,
                 encrypted=disk.encrypted,
             ),
         )
@@ -218,6 +228,7 @@ async def _compose(
         shape,
         host=context.host,
         power=Power.RUNNING if start else Power.STOPPED,
+        passing=False,
         image=image[0][0].meta.id if image else None,
         disks=tuple(
             msgspec.structs.replace(disk, volume=volume.meta.id)

@@ -149,6 +149,14 @@ class HostServices(Protocol):
     async def backups(self, repository: str) -> BackupList:
         """What is in a repository: a directory of this host."""
 
+    def stream_backup(
+        self, vm: VM, checkpoint: Checkpoint, id: str, description: str
+    ) -> AsyncIterator[bytes]:
+        """A backup of what an open checkpoint holds, as an archive."""
+
+    async def archived(self, upload: str) -> Backup:
+        """What is in an archive that was sent; `DataCorruptError` if it is none."""
+
     async def backup(self, repository: str, ref: str) -> Backup:
         """One backup: its id, or the name or id of a VM for its newest."""
 

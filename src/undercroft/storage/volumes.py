@@ -318,6 +318,8 @@ async def resize_volume(
         NoSpaceError: the host's disk is full. ProgramError: qemu-img failed.
     """
     file = LayerFile(path, format, key)
+    if format == "qcow2":
+        await _drop_lost_marks(file)
     command = [tool("qemu-img", package="qemu-utils"), "resize", "-q"]
     # What is allocated before it is written to would be garbage once it is decrypted.
     command += [f"--preallocation={_preallocation(preallocate and key is None)}"]
@@ -332,6 +334,17 @@ async def resize_volume(
             raise _full(path) from None
         raise
     await in_thread(lambda _: _sync(path))
+
+
+async def _drop_lost_marks(file: LayerFile) -> None:
+    """Removes the bitmaps that a killed QEMU left: qemu-img would refuse to resize the file."""
+    program = tool("qemu-img", package="qemu-utils")
+    command = [program, "info", "--output=json", *_alone(file)]
+    described = json.loads(await run(command, timeout=_CREATE_TIMEOUT))
+    for bitmap in described.get("format-specific", {}).get("data", {}).get("bitmaps", ()):
+        if "in-use" in bitmap.get("flags", ()):
+            command = [program, "bitmap", "--remove", *_alone(file), bitmap["name"]]
+            await run(command, timeout=_CREATE_TIMEOUT)
 
 
 async def check_volume(path: Path, *, key: Path | None = None, repair: bool = False) -> list[str]:

@@ -18,10 +18,11 @@ from undercroft.client.client import Client
 from undercroft.client.connect import Endpoint
 from undercroft.host.repositories import Repositories
 from undercroft.model.appliance import Appliance, ApplianceDisk
+from undercroft.model.backup import Backup
 from undercroft.model.base import Meta
 from undercroft.model.checkpoint import Changes, Checkpoint
 from undercroft.model.datastore import Datastore
-from undercroft.model.errors import GuestAgentError, UndercroftError
+from undercroft.model.errors import GuestAgentError, NotFoundError, UndercroftError
 from undercroft.model.host import Host, HostStatus
 from undercroft.model.names import new_id
 from undercroft.model.requests import CheckReport, ExecRequest, ExecResult, VMSample
@@ -178,6 +179,14 @@ class FakeHost(Repositories):
         self, vm: VM, checkpoint: Checkpoint, disk: int, offset: int, length: int
     ) -> AsyncIterator[bytes]:
         yield bytes(length)
+
+    async def stream_backup(
+        self, vm: VM, checkpoint: Checkpoint, id: str, description: str
+    ) -> AsyncIterator[bytes]:
+        yield b"an archive"
+
+    async def archived(self, upload: str) -> Backup:
+        raise NotFoundError(f"there is no upload {upload}")
 
     async def repository(self, path: str) -> str:
         return "repo-0000000000000000"

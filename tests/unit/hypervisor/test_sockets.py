@@ -53,6 +53,11 @@ def test_not_inherited(deep: Path) -> None:
         assert not os.get_inheritable(client.fileno())
 
 
+def test_nobody_hangs_in_accepting_what_another_thread_took(deep: Path) -> None:
+    with sockets.listen(deep / "s") as listener, pytest.raises(BlockingIOError):
+        listener.accept()
+
+
 def test_full_backlog_does_not_block(deep: Path) -> None:
     with sockets.listen(deep / "s", backlog=0):
         clients: list[socket.socket] = []

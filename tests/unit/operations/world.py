@@ -11,9 +11,11 @@ import msgspec
 
 from undercroft.host.repositories import Repositories
 from undercroft.model.appliance import Appliance
+from undercroft.model.backup import Backup
 from undercroft.model.base import Meta, Record
 from undercroft.model.checkpoint import Changes, Checkpoint
 from undercroft.model.datastore import Datastore
+from undercroft.model.errors import NotFoundError
 from undercroft.model.image import (
     Image,
     ImageContent,
@@ -156,6 +158,14 @@ class Services(Repositories):
     ) -> AsyncIterator[bytes]:
         self.calls.append(("read_disk", checkpoint.meta.id, disk, offset, length))
         return _pieces()
+
+    async def stream_backup(
+        self, vm: VM, checkpoint: Checkpoint, id: str, description: str
+    ) -> AsyncIterator[bytes]:
+        yield b"an archive"
+
+    async def archived(self, upload: str) -> Backup:
+        raise NotFoundError(f"there is no upload {upload}")
 
     async def repository(self, path: str) -> str:
         self.calls.append(("repository", path))

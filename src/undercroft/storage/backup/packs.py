@@ -7,11 +7,12 @@ know exactly the packs that are there.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from undercroft.model.errors import DataCorruptError
 from undercroft.storage.backup.records import (
@@ -55,7 +56,8 @@ class Packs:
         for file in self._files.values():
             file.close()
         if self._out is not None:
-            self._out.close()
+            with contextlib.suppress(OSError):  # the disk is full
+                self._out.close()
         self._db.close()
 
     # -- looking ----------------------------------------------------------------------------
@@ -322,13 +324,36 @@ def _next_magic(file: BinaryIO, offset: int, end: int) -> int:
     return end
 
 
+class _Index(sqlite3.Connection):
+    """The index: what the file system refuses is an `OSError`, as everywhere else."""
+
+    def execute(self, *arguments: Any) -> sqlite3.Cursor:
+        """Raises OSError: it cannot be read or written."""
+        try:
+            return super().execute(*arguments)
+        except sqlite3.OperationalError as error:
+            raise _os_error(error) from error
+
+    def commit(self) -> None:
+        """Raises OSError: it cannot be written."""
+        try:
+            super().commit()
+        except sqlite3.OperationalError as error:
+            raise _os_error(error) from error
+
+
+def _os_error(error: sqlite3.OperationalError) -> OSError:
+    full = error.sqlite_errorcode == sqlite3.SQLITE_FULL
+    return OSError(errno.ENOSPC if full else errno.EIO, f"its index: {error}")
+
+
 def _open_index(path: Path | None, write: bool) -> sqlite3.Connection:
     """The index: its file, or where that cannot be written or believed, one that passes."""
     if path is not None and (write or os.access(path.parent, os.W_OK)):
         for _ in range(2):
             try:
                 return _connect(str(path))
-            except sqlite3.DatabaseError:  # no index: made anew
+            except (sqlite3.DatabaseError, OSError):  # no index: made anew
                 with contextlib.suppress(OSError):
                     path.unlink()
     return _connect("")
@@ -336,7 +361,7 @@ def _open_index(path: Path | None, write: bool) -> sqlite3.Connection:
 
 def _connect(path: str) -> sqlite3.Connection:
     # One thread at a time uses it, but not always the same one.
-    db = sqlite3.connect(path, timeout=30.0, check_same_thread=False)
+    db = sqlite3.connect(path, timeout=30.0, check_same_thread=False, factory=_Index)
     try:
         db.execute("pragma synchronous = full")  # what it says is relied upon
         db.execute(
