@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os.path
 
 import msgspec
@@ -25,6 +27,8 @@ from undercroft.model.errors import (
 from undercroft.model.layer import Layer
 from undercroft.model.names import check_labels, check_name, new_id
 from undercroft.model.requests import DatastoreChange, DatastoreCreate
+from undercroft.model.template import Template
+from undercroft.model.vm import VM
 from undercroft.model.volume import Volume
 from undercroft.operations.access import Caller
 from undercroft.operations.context import (
@@ -46,6 +50,9 @@ from undercroft.store.interface import (
     Transaction,
     Versioned,
 )
+
+PATIENCE = 20.0  # seconds until what was made by itself is gone
+LOOK = 0.05
 
 
 class DatastoreOperations:
@@ -189,6 +196,12 @@ class DatastoreOperations:
         # From now on nobody puts anything there: whoever does checks that it is ready.
         await self._mark(found.record.meta.id, DatastoreState.REMOVING)
         users = await self._users(found.record)
+        if not users and await self._forget_warm(found.record):
+            for _ in range(int(PATIENCE / LOOK)):
+                if not await self._layers(found.record):
+                    break
+                await asyncio.sleep(LOOK)
+            users = await self._users(found.record)
         if users:
             before = found.record.status.state
             removing = before is DatastoreState.REMOVING  # a daemon died over it
@@ -196,7 +209,7 @@ class DatastoreOperations:
             raise InUseError(
                 f"{found.record.label} is used by {users}",
                 object=found.record.label,
-                action="remove or flatten these elsewhere first: croft volume ls",
+                action="remove these first, or have them need nothing there: croft volume tree",
             )
         id, name = found.record.meta.id, found.record.meta.name
         told = f"{found.record.label} was removed; its directory stays"
@@ -238,24 +251,70 @@ class DatastoreOperations:
             return
         raise StaleError(f"others keep changing datastore {id}", action="try again")
 
+    async def _layers(self, datastore: Datastore) -> bool:
+        """Whether any layer is in it."""
+        listing = await self._context.store.list(Layer)
+        return any(i.record.spec.datastore == datastore.meta.id for i in listing.items)
+
+    async def _needed(self, datastore: Datastore, head: str) -> bool:
+        """Whether a layer lies in it, or on one that does."""
+        at: str | None = head
+        while at:
+            found = await self._context.store.get(Layer, at)
+            if found is None:
+                return False
+            if found.record.spec.datastore == datastore.meta.id:
+                return True
+            at = found.record.spec.parent
+        return False
+
     async def _users(self, datastore: Datastore) -> str:
-        id = datastore.meta.id
+        """Who needs what is in it, in words; what was made by itself does not count."""
         store = self._context.store
-        layers = {i.record.meta.id: i.record for i in (await store.list(Layer)).items}
-        inside = {key for key, layer in layers.items() if layer.spec.datastore == id}
-        volumes = []
+        vms = {item.record.meta.id: item.record for item in (await store.list(VM)).items}
+        labels = []
         for item in (await store.list(Volume)).items:
             volume = item.record
-            at = layers.get(volume.status.head)
-            used = volume.spec.datastore == id and at is None
-            while at is not None and not used:
-                used = at.meta.id in inside
-                at = layers.get(at.spec.parent or "")
-            if used:
-                volumes.append(volume.label)
-        if volumes:
-            return ", ".join(volumes[:5]) + (" and others" if volumes[5:] else "")
-        return "a snapshot or template" if inside else ""
+            owner = vms.get(volume.spec.vm or "")
+            if owner is not None and (owner.status.held is not None or owner.spec.passing):
+                continue
+            waits = not volume.status.head and volume.spec.datastore == datastore.meta.id
+            if waits or await self._needed(datastore, volume.status.head):
+                labels.append(volume.label)
+        warm = False
+        for template in (await store.list(Template)).items:
+            disks = template.record.status.disks
+            if not any([await self._needed(datastore, disk.layer) for disk in disks]):
+                continue
+            if template.record.spec.warm:
+                warm = True
+            else:
+                labels.append(template.record.label)
+        if labels:
+            return ", ".join(labels[:5]) + (" and others" if labels[5:] else "")
+        return "" if warm or not await self._layers(datastore) else "a snapshot"
+
+    async def _forget_warm(self, datastore: Datastore) -> bool:
+        """Removes the templates in it that were made by themselves; whether there were any."""
+        found = False
+        for item in (await self._context.store.list(Template)).items:
+            template = item.record
+            id = template.meta.id
+            disks = template.status.disks
+            if not template.spec.warm or not any(
+                [await self._needed(datastore, disk.layer) for disk in disks]
+            ):
+                continue
+            found = True
+            with contextlib.suppress(StaleError):
+                await self._context.store.transact(
+                    Transaction(
+                        checks=[Check(Template, id, item.revision)],
+                        deletes=[Delete(Template, id)],
+                        releases=[Release(scope("template"), template.meta.name, id)],
+                    )
+                )
+        return found
 
 
 async def place_new(context: Context, ref: str | None) -> Versioned[Datastore] | None:

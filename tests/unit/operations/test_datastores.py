@@ -175,7 +175,7 @@ async def test_one_that_is_needed_stays(world: World) -> None:
     assert (await find(world.store, Datastore, "fast")).record.status.state is DatastoreState.READY
     data = await volume(world, "data")
     await world.store.transact(Transaction(deletes=[Delete(Volume, data.meta.id)]))
-    with pytest.raises(InUseError, match="snapshot or template"):
+    with pytest.raises(InUseError, match="a snapshot"):
         await remove(SYSTEM, "fast")
     await world.store.transact(Transaction(deletes=[Delete(Layer, below)]))
     await remove(SYSTEM, "fast")

@@ -87,6 +87,8 @@ def test_a_directory_is_one_datastore(place: Path) -> None:
         prepare(place, "ds-2", "host-2", unknown)
     # What a daemon left that died before it wrote down that there is one.
     (place / HALF / "volume-x").write_bytes(b"x")
+    (place / HALF / "import-x").mkdir()
+    (place / HALF / "import-x" / "part").write_bytes(b"x")
     prepare(place, "ds-2", "host-1", unknown)
     assert not list((place / HALF).iterdir())
     forget(place, "ds-1")

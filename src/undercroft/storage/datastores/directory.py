@@ -157,11 +157,7 @@ def sweep(path: Path, id: str) -> None:
     """Removes what a daemon that died left half-made. Blocks."""
     if read_marker(path) == id:
         with contextlib.suppress(OSError):
-            for left in (path / HALF).iterdir():
-                if left.is_dir() and not left.is_symlink():
-                    shutil.rmtree(left)
-                else:
-                    left.unlink()
+            _empty(path / HALF)
 
 
 def prepare(path: Path, id: str, owner: str, known: Callable[[str], bool]) -> bool:
@@ -193,8 +189,7 @@ def prepare(path: Path, id: str, owner: str, known: Callable[[str], bool]) -> bo
                 action="choose an empty directory",
             )
         (path / HALF).mkdir(mode=0o700, exist_ok=True)
-        for left in (path / HALF).iterdir():
-            left.unlink()
+        _empty(path / HALF)
         half = path / f"{MARKER}.half"
         half.unlink(missing_ok=True)
         with disk_full_is_clear("the datastore", path):
@@ -219,6 +214,14 @@ def forget(path: Path, id: str) -> None:
         (path / HALF).rmdir()
     with contextlib.suppress(OSError):
         (path / MARKER).unlink()
+
+
+def _empty(directory: Path) -> None:
+    for left in directory.iterdir():
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
 
 
 def _unlink(path: Path) -> None:
