@@ -14,6 +14,7 @@ from litestar.types import ControllerRouterHandler
 from undercroft.api.answers import SHARED, AnyRequest, fields_of
 from undercroft.api.backups import BackupController
 from undercroft.api.body import MAX_BODY, StrictJSON
+from undercroft.api.cdroms import CdromController
 from undercroft.api.checkpoints import CheckpointController
 from undercroft.api.consoles import console, console_page, vnc, vnc_page
 from undercroft.api.datastores import DatastoreController
@@ -51,6 +52,7 @@ ROUTES: list[ControllerRouterHandler] = [
     health,
     metrics,
     VMController,
+    CdromController,
     SnapshotController,
     CheckpointController,
     BackupController,

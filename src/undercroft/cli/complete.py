@@ -179,7 +179,7 @@ def _values(croft: Croft, name: str, action: argparse.Action, given: list[str]) 
         from undercroft.cli.fetch import BUILT
 
         yield from BUILT.items()
-    elif "FILE" in metavar or "DIR" in metavar:
+    elif "FILE" in metavar or "DIR" in metavar or metavar.startswith("ISO"):
         yield _FILES
     elif "SOURCE" in metavar:
         yield _FILES

@@ -11,6 +11,7 @@ from undercroft.client.raw import quote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from undercroft.cli.context import Croft
@@ -41,6 +42,7 @@ def vm_detail(croft: Croft, vm: Any) -> str:
         if running != wanted:
             pairs.append(("", f"runs with {running}; the rest comes with: croft restart {name}"))
     pairs += [("disk", text) for text in _disks(croft, vm)]
+    pairs += [("cdrom", text) for text in _cdroms(style.clean, vm)]
     pairs.append(("machine", _machine(vm)))
     pairs += _network(croft, vm)
     pairs += _guest(vm)
@@ -96,9 +98,19 @@ def _disks(croft: Croft, vm: Any) -> list[str]:
     return found
 
 
+def _cdroms(clean: Callable[[str], str], vm: Any) -> list[str]:
+    found = []
+    for drive in dig(vm, "spec.cdroms", ()):
+        medium = drive.get("medium")
+        text = f"drive {drive.get('unit', 0)} on {drive.get('bus', 'sata')}: "
+        found.append(text + (clean(medium) if medium else "empty"))
+    return found
+
+
 def _machine(vm: Any) -> str:
     spec = vm.get("spec", {})
     parts = [spec.get("machine"), spec.get("arch"), f"{spec.get('firmware')} boot"]
+    parts += ["a disc first"] if spec.get("boot") == "cdrom" else []
     parts += ["secure boot"] if spec.get("secure_boot") else []
     parts += ["TPM"] if spec.get("tpm") else []
     parts.append(

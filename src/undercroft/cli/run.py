@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 
+from undercroft.cli.cdroms import disc, host_path
 from undercroft.cli.command import Command, Namespace, Parser, duration, label, size
 from undercroft.cli.disks import disk_size, volume_use
 from undercroft.cli.errors import OK, UsageError
@@ -36,6 +37,7 @@ class Run(Command):
         ("croft run debian:12 --name web1 --cpus 2 --memory 1G --disk 10G", "a full Debian"),
         ("croft run tiny --disk 10G --disk 5G:scsi --volume data1", "with three disks"),
         ("croft run debian:12 --name web1 --publish 8080:80", "port 8080 here is its port 80"),
+        ("croft run --disk 20G --memory 2G --cdrom netinst.iso --name new", "install from a disc"),
         ("croft run debian:12 --user-data cloud.yaml", "with a cloud-init file of yours"),
         ("croft run tiny --network none --console", "no network; look at it boot"),
         ("croft run win11 --firmware uefi --secure-boot --tpm --memory 4G", "for pickier guests"),
@@ -64,6 +66,14 @@ class Run(Command):
             default=[],
             metavar="VOLUME[:BUS][:ro]",
             help="a volume that it is to have as well; several times",
+        )
+        shape.add_argument(
+            "--cdrom",
+            action="append",
+            type=disc,
+            default=[],
+            metavar="ISO[:BUS]",
+            help="a CD-ROM drive with this disc in it (a file on the daemon's host); several times",
         )
         shape.add_argument("--datastore", metavar="DATASTORE", help="where its disks are kept")
         shape.add_argument("--encrypt", action="store_true", help="encrypt its disks")
@@ -116,6 +126,9 @@ class Run(Command):
         machine = parser.add_argument_group("machine")
         machine.add_argument("--machine", choices=("q35", "microvm", "virt"), help="board")
         machine.add_argument("--firmware", choices=("bios", "uefi", "kernel"), help="what boots")
+        machine.add_argument(
+            "--boot", choices=("disk", "cdrom"), help="what is tried first (disk, if not empty)"
+        )
         machine.add_argument("--secure-boot", action="store_true", help="UEFI with signatures")
         machine.add_argument("--tpm", action="store_true", help="a virtual TPM 2.0")
         machine.add_argument("--display", choices=("none", "std", "virtio"), help="graphics")
@@ -134,13 +147,13 @@ class Run(Command):
         after.add_argument("--detach", action="store_true", help="do not wait; print its name")
 
     def run(self, croft: Croft, args: Namespace) -> int:
-        if args.image is None and not args.disk and not args.volume:
+        if args.image is None and not args.disk and not args.volume and not args.cdrom:
             raise UsageError(
                 "croft run needs an IMAGE",
                 "for instance: croft run tiny, croft run debian:12, see croft image ls",
             )
         begun = time.monotonic()
-        request = _request(args)
+        request = _request(croft, args)
         image = None
         if args.image is not None:
             from undercroft.cli.fetch import ensure_image
@@ -178,12 +191,12 @@ class Run(Command):
         return OK
 
 
-def _request(args: Namespace) -> dict[str, Any]:
+def _request(croft: Croft, args: Namespace) -> dict[str, Any]:
     """The API's VMCreate, but for image and guest."""
     from undercroft.cli.ports import parse_forwards
 
     names = ["name", "cpus", "memory", "datastore", "arch", "machine", "firmware", "accelerator"]
-    names += ["cpu_model", "display", "kernel_arguments", "restart", "stop_timeout"]
+    names += ["cpu_model", "display", "boot", "kernel_arguments", "restart", "stop_timeout"]
     request: dict[str, Any] = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
     request["start"] = not args.no_start
     if args.disk:
@@ -195,6 +208,10 @@ def _request(args: Namespace) -> dict[str, Any]:
             request["disks"] = others
     if args.volume:
         request["volumes"] = args.volume
+    if args.cdrom:
+        request["cdroms"] = [
+            {**drive, "path": host_path(croft, drive["path"])} for drive in args.cdrom
+        ]
     if args.cold:
         request["cold"] = True
     if args.encrypt:

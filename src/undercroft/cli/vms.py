@@ -217,6 +217,7 @@ class Set(Command):
             "--stop-timeout", type=duration, metavar="TIME", help="how long croft stop waits"
         )
         parser.add_argument("--display", choices=("none", "std", "virtio"), help="graphics adapter")
+        parser.add_argument("--boot", choices=("disk", "cdrom"), help="what is tried first")
         parser.add_argument("--accelerator", choices=("auto", "kvm", "tcg"), help="how it runs")
         parser.add_argument("--cpu-model", metavar="MODEL", help="CPU model of QEMU")
         parser.add_argument("--kernel-arguments", metavar="TEXT", help="added at direct boot")
@@ -237,6 +238,7 @@ class Set(Command):
             "restart",
             "stop_timeout",
             "display",
+            "boot",
             "accelerator",
             "cpu_model",
             "kernel_arguments",

@@ -14,8 +14,11 @@ from undercroft.client.raw import Raw
 from undercroft.client.websocket import WebSocket, open_websocket
 from undercroft.model.requests import (
     CloneRequest,
+    EjectRequest,
     ExecRequest,
     ExecResult,
+    InsertRequest,
+    NewCdrom,
     StopRequest,
     TaskList,
     VMChange,
@@ -74,6 +77,24 @@ class VMsClient(Noun[VM]):
     def suspend(self, ref: str) -> Task:
         """Writes the memory to disk and ends QEMU."""
         return self._act(ref, "suspend")
+
+    def add_cdrom(self, ref: str, request: NewCdrom | None = None) -> Task:
+        """Gives a VM that is off a CD-ROM drive; the task's ``result`` has its number."""
+        body = request or NewCdrom()
+        return decode(self._request("POST", ref, "/cdroms", json=body), Task)
+
+    def remove_cdrom(self, ref: str, drive: int) -> Task:
+        """Takes a CD-ROM drive away from a VM that is off."""
+        return decode(self._request("DELETE", ref, f"/cdroms/{drive}"), Task)
+
+    def insert(self, ref: str, request: InsertRequest, drive: int = 0) -> Task:
+        """Puts a disc into a CD-ROM drive."""
+        return decode(self._request("POST", ref, f"/cdroms/{drive}/insert", json=request), Task)
+
+    def eject(self, ref: str, drive: int = 0, force: bool = False) -> Task:
+        """Takes the disc out of a CD-ROM drive; ``force``: also if the guest has locked it."""
+        body = EjectRequest(force=force)
+        return decode(self._request("POST", ref, f"/cdroms/{drive}/eject", json=body), Task)
 
     def remove(self, ref: str, force: bool = False) -> Task:
         """Removes the VM and its disks; ``force``: also if it runs."""

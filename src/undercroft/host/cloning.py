@@ -32,6 +32,7 @@ from undercroft.host.outcome import TaskRun
 from undercroft.host.planning import (
     generation_id,
     make_seed,
+    plan_cdroms,
     plan_disks,
     plan_ports,
     remake_seed,
@@ -159,6 +160,7 @@ async def load(actor: VMActor, vm: VM, template: Template, *, room: int = 0) -> 
         directory=str(environment.vm_directory(vm.meta.id)),
         run_directory=str(environment.run_directory(vm.meta.id)),
         disks=disks,
+        cdroms=await plan_cdroms(vm),
         seed=str(seed) if seed is not None else plan.seed,
         ports=without_forwards(plan_ports(vm)),
         vmgenid=generation_id(vm.meta.id) if plan.vmgenid is not None else None,

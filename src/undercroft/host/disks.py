@@ -41,11 +41,11 @@ async def attach(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
         read_only=bool(run.arguments["read_only"]),
         unit=int(run.arguments["unit"]),
     )
-    _check_not_suspended(actor, vm)
+    check_not_suspended(actor, vm)
     machine = actor.machine
     if machine is not None:
         planned = await plan_disk(environment, volume, disk, disk.unit)
-        async with _unless_it_ended(actor, vm):
+        async with unless_it_ended(actor, vm):
             await machine.attach(planned)
             actor.guard()
 
@@ -67,13 +67,13 @@ async def detach(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
     environment = actor.environment
     await run.commit()
     volume = await _volume(environment, run)
-    _check_not_suspended(actor, vm)
+    check_not_suspended(actor, vm)
     machine, found = actor.machine, disk_of(vm, volume.meta.id)
     if machine is not None and found is not None:
         disk, unit = found
         planned = await plan_disk(environment, volume, disk, unit)
         await run.progress(None, "waiting for the guest to let go of the disk")
-        async with _unless_it_ended(actor, vm):
+        async with unless_it_ended(actor, vm):
             await machine.release(planned)
     await free_volume(environment, volume.meta.id, vm.meta.id)
 
@@ -94,7 +94,7 @@ async def resize(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
     environment = actor.environment
     await run.commit()
     volume = await _volume(environment, run)
-    _check_not_suspended(actor, vm)
+    check_not_suspended(actor, vm)
     size = int(run.arguments["size"])
     machine, found = actor.machine, disk_of(vm, volume.meta.id)
     grown = False
@@ -107,7 +107,7 @@ async def resize(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
                 action="stop the VM first, or detach the volume",
             )
         planned = await plan_disk(environment, volume, disk, unit)
-        async with _unless_it_ended(actor, vm):
+        async with unless_it_ended(actor, vm):
             await machine.resize(planned, size)
             grown = True
     await grow(environment, volume, size, file=not grown)
@@ -124,7 +124,7 @@ async def limit(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
     volume = await _volume(actor.environment, run)
     machine, found = actor.machine, disk_of(vm, volume.meta.id)
     if machine is not None and found is not None:
-        async with _unless_it_ended(actor, vm):
+        async with unless_it_ended(actor, vm):
             await machine.limit(found[1], volume.spec.limits)
     return Outcome(
         lambda record: record,
@@ -158,7 +158,12 @@ def _with_disks(vm: VM, disks: tuple[Disk, ...]) -> VM:
     return change_spec(msgspec.structs.replace(vm, meta=meta), disks=disks)
 
 
-def _check_not_suspended(actor: VMActor, vm: VM) -> None:
+def check_not_suspended(actor: VMActor, vm: VM) -> None:
+    """Does nothing unless the VM is suspended.
+
+    Raises:
+        WrongStateError: it is.
+    """
     if actor.machine is None and actor.environment.suspended_path(vm.meta.id).exists():
         raise WrongStateError(
             f"{vm.label} is suspended: what it has in memory knows its disks as they are",
@@ -168,7 +173,7 @@ def _check_not_suspended(actor: VMActor, vm: VM) -> None:
 
 
 @asynccontextmanager
-async def _unless_it_ended(actor: VMActor, vm: VM) -> AsyncIterator[None]:
+async def unless_it_ended(actor: VMActor, vm: VM) -> AsyncIterator[None]:
     """What QEMU does not do because it has ended does not matter: the next one begins with what
     the record says.
 
@@ -184,6 +189,6 @@ async def _unless_it_ended(actor: VMActor, vm: VM) -> AsyncIterator[None]:
         raise
     except TimeLimitError:
         raise
-    except QmpError as error:
+    except (QmpError, WrongStateError) as error:  # the latter where it had ended before
         if "qmp_class" in error.data or await actor.exited(END_PATIENCE) is None:
             raise

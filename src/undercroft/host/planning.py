@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from pathlib import Path
 
@@ -9,15 +10,29 @@ from undercroft.host.environment import Environment
 from undercroft.host.layers import plan_layers
 from undercroft.hypervisor.devices.base import HOT_PORTS
 from undercroft.hypervisor.helper import HELPER_ARCHITECTURES
+from undercroft.hypervisor.medium import check_medium
 from undercroft.hypervisor.plan import (
     MachinePlan,
+    PlanCdrom,
     PlanDisk,
     PlanForward,
     PlanPort,
 )
-from undercroft.model.errors import DataError, UnsupportedError
+from undercroft.model.errors import DataError, InvalidError, NotFoundError, UnsupportedError
 from undercroft.model.image import Image, ImageContent
-from undercroft.model.vm import VM, Accelerator, Disk, DiskBus, Firmware, Machine, disk_units
+from undercroft.model.vm import (
+    MAX_CDROMS,
+    MAX_DISKS,
+    VM,
+    Accelerator,
+    BootFirst,
+    Cdrom,
+    Disk,
+    DiskBus,
+    Firmware,
+    Machine,
+    disk_units,
+)
 from undercroft.model.volume import Volume
 from undercroft.storage.seed import rewrite_seed, write_seed
 
@@ -78,6 +93,7 @@ async def make_plan(environment: Environment, vm: VM, seed: Path | None) -> Mach
         initrd=initrd,
         kernel_arguments=arguments,
         disks=await plan_disks(environment, vm),
+        cdroms=await plan_cdroms(vm),
         seed=str(seed) if seed is not None else None,
         ports=plan_ports(vm),
         display=spec.display,
@@ -170,9 +186,47 @@ async def plan_disks(environment: Environment, vm: VM) -> tuple[PlanDisk, ...]:
         if found is None:
             raise DataError(f"volume {disk.volume} of {vm.label} is gone", object=vm.label)
         volume = found.record
-        boot_index = index if vm.spec.firmware is not Firmware.KERNEL else None
+        boot_index = _boot_index(vm, index, BootFirst.DISK, MAX_CDROMS)
         disks.append(await plan_disk(environment, volume, disk, units[index], boot_index))
     return tuple(disks)
+
+
+def _boot_index(vm: VM, index: int, kind: BootFirst, others: int) -> int | None:
+    """When firmware tries the disk or drive at this position: behind as many as there can be of the
+    ``others``, unless those of its kind come first."""
+    if vm.spec.firmware is Firmware.KERNEL:
+        return None
+    return index if vm.spec.boot is kind else others + index
+
+
+async def plan_cdroms(vm: VM) -> tuple[PlanCdrom, ...]:
+    """The CD-ROM drives of a VM with what is in them.
+
+    Raises:
+        NotFoundError, InvalidError: a file that is in one is gone, or is no disc any more.
+    """
+    for drive in vm.spec.cdroms:
+        if drive.medium is not None:
+            try:
+                await asyncio.to_thread(check_medium, drive.medium)
+            except (NotFoundError, InvalidError) as error:
+                raise type(error)(
+                    f"the disc in drive {drive.unit} of {vm.label}: {error.message}",
+                    object=f"cdrom {vm.meta.name}",
+                    action=f"bring it back, or do without: croft cdrom eject {vm.meta.name} "
+                    f"--drive {drive.unit} --force",
+                ) from error
+    return tuple(
+        plan_cdrom(drive, boot_index=_boot_index(vm, index, BootFirst.CDROM, MAX_DISKS))
+        for index, drive in enumerate(vm.spec.cdroms)
+    )
+
+
+def plan_cdrom(drive: Cdrom, node: str = "", boot_index: int | None = None) -> PlanCdrom:
+    """One drive; ``node`` is what QEMU is to call what is in it."""
+    return PlanCdrom(
+        unit=drive.unit, bus=drive.bus, path=drive.medium, node=node, boot_index=boot_index
+    )
 
 
 async def plan_disk(

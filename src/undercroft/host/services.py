@@ -20,6 +20,7 @@ from undercroft.host.volume_check import check_volumes
 from undercroft.hypervisor.console import read_log
 from undercroft.hypervisor.guestagent import GuestAgent
 from undercroft.hypervisor.machine import QemuMachine
+from undercroft.hypervisor.medium import check_medium
 from undercroft.model.backup import Backup
 from undercroft.model.checkpoint import Changes, Checkpoint
 from undercroft.model.datastore import Datastore
@@ -192,6 +193,10 @@ class LocalHost(Repositories):
     def read_export(self, path: Path, start: int, end: int) -> AsyncIterator[bytes]:
         """The bytes of a finished file of an export."""
         return read_export(path, start, end)
+
+    async def check_medium(self, path: str) -> None:
+        """Does nothing if a file can be in a CD-ROM drive."""
+        await asyncio.to_thread(check_medium, path)
 
     async def examine(self, source: ImportSource) -> Examined:
         """What is in a file that comes in."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from undercroft.host import (
+    cdroms,
     checkpoints,
     creation,
     disks,
@@ -34,6 +35,10 @@ VM_VERBS: dict[str, Verb] = {
     "volume.detach": disks.detach,
     "volume.resize": disks.resize,
     "volume.limit": disks.limit,
+    "cdrom.add": cdroms.add,
+    "cdrom.remove": cdroms.remove,
+    "cdrom.insert": cdroms.insert,
+    "cdrom.eject": cdroms.eject,
     "template.create": templates.create,
     "template.create.undo": templates.undo,
     "volume.clone": volume_clone.clone_attached,

@@ -6,18 +6,31 @@ name in an image's header is never followed. The files themselves are descriptor
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
 
-from undercroft.hypervisor.line import Line
+from undercroft.hypervisor.line import HandleKind, Line
 from undercroft.hypervisor.plan import DiskFormat, DiskLayer, PlanDisk
 from undercroft.hypervisor.qmp import Monitor
-from undercroft.hypervisor.secret import secret_id
+from undercroft.hypervisor.secret import secret_id, take_secret
+from undercroft.model.errors import QmpError
 
-__all__ = ["add_disk", "add_iso", "block_nodes", "hand_over", "layer_nodes"]
+__all__ = [
+    "add_disk",
+    "add_iso",
+    "block_nodes",
+    "drop_nodes",
+    "hand_over",
+    "handed_over",
+    "layer_nodes",
+]
+
+_SET = re.compile(r"/dev/fdset/(\d+)")
 
 
 def add_disk(line: Line, name: str, disk: PlanDisk) -> str:
@@ -30,10 +43,10 @@ def add_disk(line: Line, name: str, disk: PlanDisk) -> str:
     return node
 
 
-def add_iso(line: Line, name: str, path: str) -> str:
-    """Adds a read-only raw image."""
+def add_iso(line: Line, name: str, path: str, kind: HandleKind = HandleKind.READ) -> str:
+    """Adds a read-only raw image, opened as its ``kind`` says."""
     iso = DiskLayer(path=path, format=DiskFormat.RAW, node=name)
-    _add_layer(line, iso, write=False, backing=None)
+    _add_layer(line, iso, write=False, backing=None, kind=kind)
     return name
 
 
@@ -49,10 +62,17 @@ def _add_chain(line: Line, name: str, layers: Sequence[DiskLayer]) -> str | None
     return below
 
 
-def _add_layer(line: Line, layer: DiskLayer, *, write: bool, backing: str | None) -> None:
+def _add_layer(
+    line: Line,
+    layer: DiskLayer,
+    *,
+    write: bool,
+    backing: str | None,
+    kind: HandleKind = HandleKind.READ,
+) -> None:
     if layer.key is not None:
         line.secret(layer.node, layer.key)
-    name = line.file(layer.node, layer.path, write=write)
+    name = line.file(layer.node, layer.path, write=write, kind=kind)
     for description in layer_nodes(layer, name, write=write, backing=backing):
         line.blockdev(description)
 
@@ -92,16 +112,18 @@ def layer_nodes(
     return file, top
 
 
-async def hand_over(monitor: Monitor, path: str, access: int, number: int | None = None) -> int:
+async def hand_over(
+    monitor: Monitor, path: str, access: int, number: int | None = None, name: str | None = None
+) -> int:
     """Opens a file and gives it to a QEMU that runs, in an fdset (a new one without ``number``);
-    the set's number.
+    the set's number. ``name``: the node that it is for.
 
     Raises:
         OSError, QmpError: it did not work.
     """
     descriptor = os.open(path, access | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
-        return await monitor.add_to_set(descriptor, number)
+        return await monitor.add_to_set(descriptor, number, name)
     finally:
         os.close(descriptor)
 
@@ -110,3 +132,39 @@ async def block_nodes(monitor: Monitor) -> dict[str, dict[str, Any]]:
     """What QEMU says of its block nodes, by their names."""
     answer = await monitor.execute("query-named-block-nodes", {"flat": True})
     return {node["node-name"]: node for node in answer}
+
+
+async def drop_nodes(monitor: Monitor, nodes: Iterable[str]) -> None:
+    """Closes those of these layers that are there, which no device has any more, and what was
+    handed over for them, also if a daemon died before they were opened.
+
+    Raises:
+        QmpError: one is in use.
+    """
+    nodes = list(nodes)
+    known = await block_nodes(monitor)
+    for node in nodes:
+        for name in (node, f"{node}-file"):
+            if name in known:
+                await monitor.execute("blockdev-del", {"node-name": name})
+                await take_secret(monitor, name)
+    left = await block_nodes(monitor)
+    sets = await handed_over(monitor)
+    useless = _sets(known.values()) | {n for n, name in sets.items() if name in nodes}
+    for number in useless - _sets(left.values()):
+        with contextlib.suppress(QmpError):
+            await monitor.remove_set(number)
+
+
+async def handed_over(monitor: Monitor) -> dict[int, str]:
+    """The node that each fdset was for, as far as that was said."""
+    found = {}
+    for given in await monitor.execute("query-fdsets"):
+        names = [str(item.get("opaque", "")).partition(":")[0] for item in given["fds"]]
+        found[given["fdset-id"]] = names[0] if names else ""
+    return found
+
+
+def _sets(nodes: Iterable[dict[str, Any]]) -> set[int]:
+    found = (_SET.fullmatch(str(node.get("file", ""))) for node in nodes)
+    return {int(match[1]) for match in found if match is not None}

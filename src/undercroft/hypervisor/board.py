@@ -47,11 +47,11 @@ def check_plan(plan: MachinePlan) -> None:
             raise UnsupportedError("a microvm has no display", action="use display none")
         if plan.tpm:
             raise UnsupportedError("a microvm has no TPM", action="use machine q35")
-        if any(disk.bus in (DiskBus.SATA, DiskBus.NVME) for disk in plan.disks):
+        if {DiskBus.SATA, DiskBus.NVME} & set(plan.buses):
             raise UnsupportedError("a microvm has no SATA or NVMe", action="use bus virtio")
         if any(port.model is not NicModel.VIRTIO for port in plan.ports):
             raise UnsupportedError("a microvm has virtio adapters only")
-    if plan.machine is Machine.VIRT and any(disk.bus is DiskBus.SATA for disk in plan.disks):
+    if plan.machine is Machine.VIRT and needs_sata(plan):
         raise UnsupportedError("the virt board has no SATA", action="use bus virtio")
     names = [plan.id, plan.name, plan.kernel_arguments]
     if any("\0" in text or "\n" in text for text in names):
@@ -68,7 +68,7 @@ def machine_version(plan: MachinePlan, version: tuple[int, int, int]) -> str | N
 def needs_sata(plan: MachinePlan) -> bool:
     """Whether anything sits on the AHCI controller. Without it firmware and guest have six ports
     fewer to probe."""
-    return any(disk.bus is DiskBus.SATA for disk in plan.disks)
+    return DiskBus.SATA in plan.buses
 
 
 def nvram_path(plan: MachinePlan) -> str:

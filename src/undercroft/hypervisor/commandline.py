@@ -21,7 +21,7 @@ from undercroft.hypervisor.devices.paravirtual import (
     PanicNotifier,
     RandomSource,
 )
-from undercroft.hypervisor.devices.places import place_disks
+from undercroft.hypervisor.devices.places import SATA_PORTS, place_cdroms, place_disks
 from undercroft.hypervisor.devices.ports import HotPort
 from undercroft.hypervisor.devices.seed import Seed, SeedCdrom
 from undercroft.hypervisor.devices.serial import SerialConsole
@@ -36,7 +36,6 @@ from undercroft.model.vm import DiskBus, Display, Firmware, Machine
 __all__ = ["SANDBOX", "CommandLine", "command_line", "needs_tsc"]
 
 _TOKEN = re.compile(r"@([a-z0-9.-]+)@")
-_SATA_UNITS = 6
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 
@@ -130,11 +129,11 @@ def _devices(plan: MachinePlan) -> Iterator[Device]:
 
 
 def _disks(plan: MachinePlan) -> Iterator[Device]:
-    """Disks and the seed, each at its place."""
+    """Disks, CD-ROM drives and the seed, each at its place."""
     for number in range(plan.hot_ports):
         yield HotPort(number)
-    placed = place_disks(plan)
-    yield from placed
+    yield from place_disks(plan)
+    yield from place_cdroms(plan)
     sata = sum(disk.bus is DiskBus.SATA for disk in plan.disks)
     if plan.seed is not None:
         if sata and sata == len(plan.disks):
@@ -142,5 +141,6 @@ def _disks(plan: MachinePlan) -> Iterator[Device]:
             sata += 1
         else:
             yield Seed(plan.seed)
-    if sata > _SATA_UNITS:
-        raise InvalidError(f"{sata} SATA disks: at most {_SATA_UNITS} fit on the board")
+    sata += sum(drive.bus is DiskBus.SATA for drive in plan.cdroms)
+    if sata > SATA_PORTS:
+        raise InvalidError(f"{sata} SATA disks: at most {SATA_PORTS} fit on the board")

@@ -10,18 +10,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from undercroft.hypervisor.bitmaps import drop_useless
+from undercroft.hypervisor.blockgraph import block_nodes, drop_nodes, hand_over
 from undercroft.hypervisor.devices.places import hot_disk, scsi_controller
 from undercroft.hypervisor.emulator import Emulator
-from undercroft.hypervisor.line import Line, escape
+from undercroft.hypervisor.line import HandleKind, Line, escape
 from undercroft.hypervisor.plan import MachinePlan, PlanDisk
 from undercroft.hypervisor.qmp import Monitor
-from undercroft.hypervisor.secret import give_secret, take_secret
+from undercroft.hypervisor.secret import give_secret
 from undercroft.model.errors import QmpError, TimeLimitError, UnsupportedError
 from undercroft.model.vm import DiskBus, Machine
 from undercroft.model.volume import IOLimits
@@ -31,7 +31,6 @@ __all__ = ["RELEASE_TIMEOUT", "check_pluggable", "limit", "plug", "present", "re
 RELEASE_TIMEOUT = 30.0  # seconds that a guest gets to let go of a disk
 _POLL = 0.1
 _BURST = 10  # how much more a guest may do in a burst
-_SET = re.compile(r"/dev/fdset/(\d+)")
 
 
 def check_pluggable(plan: MachinePlan, bus: DiskBus, unit: int) -> None:
@@ -85,7 +84,9 @@ class _Recorder(Line):
         """A key to give before its node is added."""
         self.steps.append(("object-add", {"node": node, "path": path}))
 
-    def file(self, name: str, path: str, *, write: bool = False) -> str:
+    def file(
+        self, name: str, path: str, *, write: bool = False, kind: HandleKind = HandleKind.READ
+    ) -> str:
         """A file to hand over when its node is added."""
         self.paths[name] = (path, write)
         return name
@@ -133,7 +134,7 @@ async def plug(monitor: Monitor, plan: MachinePlan, disk: PlanDisk) -> None:
 
 
 async def _add_node(monitor: Monitor, recorder: _Recorder, node: dict[str, Any]) -> None:
-    if node["node-name"] in await _nodes(monitor):
+    if node["node-name"] in await block_nodes(monitor):
         return
     if node["driver"] != "file":
         await monitor.execute("blockdev-add", node)
@@ -142,11 +143,7 @@ async def _add_node(monitor: Monitor, recorder: _Recorder, node: dict[str, Any])
     number: int | None = None
     try:
         for access in (os.O_RDONLY, os.O_RDWR) if write else (os.O_RDONLY,):
-            descriptor = os.open(path, access | os.O_CLOEXEC | os.O_NOFOLLOW)
-            try:
-                number = await monitor.add_to_set(descriptor, number)
-            finally:
-                os.close(descriptor)
+            number = await hand_over(monitor, path, access, number, node["filename"])
         await monitor.execute("blockdev-add", {**node, "filename": f"/dev/fdset/{number}"})
     except BaseException:
         if number is not None and monitor.connected:
@@ -205,29 +202,7 @@ async def _ask_to_release(monitor: Monitor, id: str) -> None:
 
 async def _drop_nodes(monitor: Monitor, disk: PlanDisk) -> None:
     """Closes what belongs to a disk that no device has any more."""
-    known = await _nodes(monitor)
-    for node in [disk.node, *(layer.node for layer in disk.backing)]:
-        for name in (node, f"{node}-file"):
-            if name in known:
-                await monitor.execute("blockdev-del", {"node-name": name})
-                await take_secret(monitor, name)
-    left = await _nodes(monitor)
-    sets = _sets(known.values()) - _sets(left.values())
-    for number in sets:
-        with contextlib.suppress(QmpError):
-            await monitor.remove_set(number)
-
-
-def _sets(nodes: Any) -> set[int]:
-    found = (_SET.fullmatch(str(node.get("file", ""))) for node in nodes)
-    return {int(match[1]) for match in found if match is not None}
-
-
-async def _nodes(monitor: Monitor) -> dict[str, dict[str, Any]]:
-    answer: Sequence[dict[str, Any]] = await monitor.execute(
-        "query-named-block-nodes", {"flat": True}
-    )
-    return {node["node-name"]: node for node in answer}
+    await drop_nodes(monitor, [disk.node, *(layer.node for layer in disk.backing)])
 
 
 async def resize(monitor: Monitor, disk: PlanDisk, size: int) -> None:
@@ -237,7 +212,7 @@ async def resize(monitor: Monitor, disk: PlanDisk, size: int) -> None:
         UnsupportedError: QEMU's NVMe disks keep their size as long as they are there.
         QmpError, TimeLimitError: it did not work.
     """
-    nodes = await _nodes(monitor)
+    nodes = await block_nodes(monitor)
     if disk.node in nodes and nodes[disk.node]["image"]["virtual-size"] >= size:
         return
     if disk.bus is DiskBus.NVME:

@@ -19,6 +19,7 @@ from undercroft.hypervisor.board import kvm_group, nvram_path
 from undercroft.hypervisor.commandline import CommandLine
 from undercroft.hypervisor.firmware import FirmwareFiles
 from undercroft.hypervisor.line import Handle, HandleKind
+from undercroft.hypervisor.medium import open_medium
 from undercroft.hypervisor.plan import MachinePlan, decode_plan, encode_plan
 from undercroft.hypervisor.process import Process, spawn
 from undercroft.hypervisor.secret import open_secret
@@ -109,6 +110,10 @@ def _open(handle: Handle, stack: contextlib.ExitStack, plan: MachinePlan) -> int
         return listener.fileno()
     if handle.kind is HandleKind.KEY:
         descriptor = open_secret(handle.path, plan.uid, plan.gid)
+        stack.callback(os.close, descriptor)
+        return descriptor
+    if handle.kind is HandleKind.MEDIUM:
+        descriptor = open_medium(handle.path)
         stack.callback(os.close, descriptor)
         return descriptor
     access = os.O_RDWR if handle.kind is HandleKind.WRITE else os.O_RDONLY

@@ -22,6 +22,7 @@ class HandleKind(StrEnum):
 
     READ = "read"  # a file, opened for reading
     WRITE = "write"  # a file, opened for reading and writing
+    MEDIUM = "medium"  # a file of the user's, opened for reading if it can be in a CD-ROM drive
     LISTEN = "listen"  # a listening unix socket at `path`
     KEY = "key"  # of an encrypted layer, in a file that is only in memory
     TPM = "tpm"  # our end of the conversation with swtpm
@@ -119,8 +120,11 @@ class Line:
         self.handles.append(handle)
         return handle.token
 
-    def file(self, name: str, path: str, *, write: bool = False) -> str:
-        """Hands over a file in an fdset and gives the name by which QEMU opens it.
+    def file(
+        self, name: str, path: str, *, write: bool = False, kind: HandleKind = HandleKind.READ
+    ) -> str:
+        """Hands over a file in an fdset and gives the name by which QEMU opens it. ``kind``: how it
+        is opened for reading.
 
         A writable one comes with a second, read-only descriptor: QEMU picks the one whose access
         mode fits, and wants either when it reopens a node.
@@ -128,7 +132,7 @@ class Line:
         number = self._sets.get((path, write))
         if number is None:
             number = self._sets[path, write] = len(self._sets) + 1
-            purposes = [HandleKind.READ, HandleKind.WRITE] if write else [HandleKind.READ]
+            purposes = [kind, HandleKind.WRITE] if write else [kind]
             for purpose in purposes:
                 token = self.handle(f"{name}.{purpose.value}", purpose, path)
                 opaque = f"{name}:{purpose.value}"

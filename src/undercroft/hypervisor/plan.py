@@ -28,6 +28,7 @@ __all__ = [
     "DiskLayer",
     "LogLimits",
     "MachinePlan",
+    "PlanCdrom",
     "PlanDisk",
     "PlanForward",
     "PlanPort",
@@ -79,6 +80,17 @@ class PlanDisk(Model, frozen=True, kw_only=True):
     boot_index: int | None = None
     unit: int = -1
     limits: IOLimits = IOLimits()
+
+
+class PlanCdrom(Model, frozen=True, kw_only=True):
+    """A CD-ROM drive, on SATA or SCSI. ``path`` is the file that is in it as a raw, read-only
+    medium (None: it is empty), ``node`` what QEMU calls that (empty: ``cdN``, after ``unit``)."""
+
+    unit: int
+    bus: DiskBus = DiskBus.SATA
+    path: str | None = None
+    node: str = ""
+    boot_index: int | None = None
 
 
 def unit_of(disk: PlanDisk, index: int) -> int:
@@ -160,6 +172,7 @@ class MachinePlan(Model, frozen=True, kw_only=True):
     initrd: str | None = None
     kernel_arguments: str = ""
     disks: tuple[PlanDisk, ...] = ()
+    cdroms: tuple[PlanCdrom, ...] = ()
     seed: str | None = None
     ports: tuple[PlanPort, ...] = ()
     display: Display = Display.NONE
@@ -178,6 +191,11 @@ class MachinePlan(Model, frozen=True, kw_only=True):
     memory_file: str | None = None
     memory_shared: bool = False
     generation: int = 1
+
+    @property
+    def buses(self) -> tuple[DiskBus, ...]:
+        """The bus of each disk and CD-ROM drive."""
+        return (*(disk.bus for disk in self.disks), *(drive.bus for drive in self.cdroms))
 
 
 def encode_plan(plan: MachinePlan) -> bytes:

@@ -145,12 +145,15 @@ class Monitor:
             self._send(descriptor)
             await self.execute("getfd", {"fdname": name})
 
-    async def add_to_set(self, descriptor: int, number: int | None = None) -> int:
+    async def add_to_set(
+        self, descriptor: int, number: int | None = None, name: str | None = None
+    ) -> int:
         """Hands a descriptor to QEMU as part of an fdset, a new one without ``number``; returns
-        the set's number: ``/dev/fdset/N``."""
+        the set's number: ``/dev/fdset/N``. ``name``: the node that it is for."""
         async with self._descriptors:
             self._send(descriptor)
-            arguments = None if number is None else {"fdset-id": number}
+            given = {"fdset-id": number, "opaque": name}
+            arguments = {key: value for key, value in given.items() if value is not None}
             answer = await self.execute("add-fd", arguments)
         return int(answer["fdset-id"])
 

@@ -8,8 +8,10 @@ import re
 from undercroft.model.errors import InvalidError, UnsupportedError
 from undercroft.model.units import MiB, TiB, format_size
 from undercroft.model.vm import (
+    MAX_CDROMS,
     MAX_DISKS,
     VM,
+    BootFirst,
     DiskBus,
     Display,
     Firmware,
@@ -25,6 +27,7 @@ MIN_MEMORY = 16 * MiB
 MAX_MEMORY = 16 * TiB
 MAX_CPUS = {Machine.Q35: 255, Machine.MICROVM: 255, Machine.VIRT: 255}
 MAX_USER_DATA = 1 * MiB
+MAX_PATH = 4000
 MAX_SATA = 5  # of the six ports of the board: the seed may need one
 _MAC = re.compile(r"[0-9a-f]{2}(?::[0-9a-f]{2}){5}")
 _USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
@@ -60,6 +63,7 @@ def check_vm_spec(spec: VMSpec) -> VMSpec:
     _check_text(spec.kernel_arguments, "kernel arguments", 2048)
     _check_machine(spec)
     _check_disks(spec)
+    _check_cdroms(spec)
     check_ports(spec.ports)
     _check_guest(spec.guest)
     return spec
@@ -146,6 +150,46 @@ def _check_disks(spec: VMSpec) -> None:
             raise UnsupportedError(
                 "there are no read-only SATA disks", action="use bus virtio, scsi or nvme"
             )
+
+
+def check_medium_path(path: str) -> str:
+    """Returns the path of a file that can be put into a CD-ROM drive unchanged.
+
+    Raises:
+        InvalidError: it is not absolute, or cannot be written down.
+    """
+    if not path.startswith("/") or not path.isprintable() or len(path) > MAX_PATH:
+        raise InvalidError(f"{path[:80]!r} is not an absolute path", action="begin it with /")
+    return path
+
+
+def _check_cdroms(spec: VMSpec) -> None:
+    if len(spec.cdroms) > MAX_CDROMS:
+        raise InvalidError(f"a VM has at most {MAX_CDROMS} CD-ROM drives")
+    units = [drive.unit for drive in spec.cdroms]
+    if len(set(units)) != len(units) or not all(0 <= unit < MAX_CDROMS for unit in units):
+        raise InvalidError("two CD-ROM drives cannot have one number")
+    buses = [drive.bus for drive in spec.cdroms]
+    if not set(buses) <= {DiskBus.SATA, DiskBus.SCSI}:
+        raise UnsupportedError("CD-ROM drives are on SATA or SCSI", action="use bus sata or scsi")
+    if DiskBus.SATA in buses and spec.machine is not Machine.Q35:
+        raise UnsupportedError(
+            f"the {spec.machine} board has no SATA", action="use a CD-ROM drive on bus scsi"
+        )
+    sata = buses.count(DiskBus.SATA) + sum(disk.bus is DiskBus.SATA for disk in spec.disks)
+    if sata > MAX_SATA:
+        raise InvalidError(
+            f"{sata} SATA disks and drives: at most {MAX_SATA} fit on the board",
+            action="use bus scsi for some",
+        )
+    for drive in spec.cdroms:
+        if drive.medium is not None:
+            check_medium_path(drive.medium)
+    if spec.boot is BootFirst.CDROM and spec.firmware is Firmware.KERNEL:
+        raise InvalidError(
+            "this VM boots the kernel of its image, whatever is in its drives",
+            action="use --firmware bios or uefi to boot from a disc",
+        )
 
 
 def _check_port(port: Port) -> None:

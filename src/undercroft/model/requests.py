@@ -11,6 +11,7 @@ from undercroft.model.layer import LayerFormat
 from undercroft.model.task import Task
 from undercroft.model.vm import (
     Accelerator,
+    BootFirst,
     DiskBus,
     Display,
     Firmware,
@@ -38,6 +39,29 @@ class VolumeUse(Spec, frozen=True, kw_only=True):
     read_only: bool = False
 
 
+class NewCdrom(Spec, frozen=True, kw_only=True):
+    """A CD-ROM drive (``bus`` None: SATA where the board has it, else SCSI) with what is in it: the
+    path of a file on the daemon's host, or nothing."""
+
+    bus: DiskBus | None = None
+    path: str | None = None
+
+
+class InsertRequest(Spec, frozen=True, kw_only=True):
+    """What is to be in a CD-ROM drive, in place of what is in it now: the path of a file on the
+    daemon's host. ``force``: also if the guest has locked the drive."""
+
+    path: str
+    force: bool = False
+
+
+class EjectRequest(Spec, frozen=True, kw_only=True):
+    """How to empty a CD-ROM drive: with ``force`` also if the guest has locked it, or is suspended
+    and cannot be asked."""
+
+    force: bool = False
+
+
 class VMCreate(Spec, frozen=True, kw_only=True):
     """A new VM. What is None comes from the image, or else from the model's defaults.
 
@@ -55,6 +79,8 @@ class VMCreate(Spec, frozen=True, kw_only=True):
     disk_bus: DiskBus = DiskBus.VIRTIO
     disks: tuple[NewDisk, ...] = ()  # besides the first
     volumes: tuple[VolumeUse, ...] = ()  # after those
+    cdroms: tuple[NewCdrom, ...] = ()
+    boot: BootFirst = BootFirst.DISK
     datastore: str | None = None  # name or id of the one that its disks are in
     encrypt: bool = False  # those that are made for it
     arch: str | None = None
@@ -86,6 +112,7 @@ class VMChange(Spec, frozen=True, kw_only=True):
     accelerator: Accelerator | None = None
     cpu_model: str | None = None
     display: Display | None = None
+    boot: BootFirst | None = None
     kernel_arguments: str | None = None
     restart: RestartPolicy | None = None
     stop_timeout: float | None = None

@@ -84,6 +84,14 @@ class DiskBus(StrEnum):
     NVME = "nvme"
 
 
+class BootFirst(StrEnum):
+    """What firmware tries first. What cannot be booted is passed over, so an empty disk leads to
+    the disc in a CD-ROM drive either way."""
+
+    DISK = "disk"
+    CDROM = "cdrom"
+
+
 class NicModel(StrEnum):
     """The network adapter."""
 
@@ -133,6 +141,18 @@ MAX_DISKS = 16
 def disk_units(disks: Sequence[Disk]) -> tuple[int, ...]:
     """The place of each of a VM's disks in the machine."""
     return tuple(index if disk.unit < 0 else disk.unit for index, disk in enumerate(disks))
+
+
+class Cdrom(Spec, frozen=True, kw_only=True):
+    """A CD-ROM drive, on SATA or SCSI. ``medium`` is what is in it: the absolute path of a file of
+    the host (None: it is empty). ``unit`` is its number, which it keeps."""
+
+    bus: DiskBus = DiskBus.SATA
+    medium: str | None = None
+    unit: int = 0
+
+
+MAX_CDROMS = 4
 
 
 class Forward(Spec, frozen=True, kw_only=True):
@@ -185,6 +205,8 @@ class VMSpec(Spec, frozen=True, kw_only=True):
     image: str | None = None
     kernel_arguments: str = ""  # added to the image's own at direct boot
     disks: tuple[Disk, ...] = ()
+    cdroms: tuple[Cdrom, ...] = ()
+    boot: BootFirst = BootFirst.DISK
     ports: tuple[Port, ...] = ()
     guest: Guest = Guest()
     restart: RestartPolicy = RestartPolicy.ON_FAILURE

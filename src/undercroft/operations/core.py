@@ -11,6 +11,7 @@ from undercroft.model.requests import CheckReport, VMSample
 from undercroft.model.task import Task
 from undercroft.operations.access import Caller
 from undercroft.operations.backups import BackupOperations
+from undercroft.operations.cdroms import CdromOperations
 from undercroft.operations.checkpoints import CheckpointOperations
 from undercroft.operations.context import Context, find
 from undercroft.operations.datastores import DatastoreOperations
@@ -101,6 +102,7 @@ class Operations:
         self.store: Store = context.store
         self.host = context.host
         self.vms = VMOperations(context)
+        self.cdroms = CdromOperations(context)
         self.snapshots = SnapshotOperations(context)
         self.checkpoints = CheckpointOperations(context)
         self.backups = BackupVerbs(context, self.checkpoints)

@@ -158,12 +158,15 @@ def _shape(backup: Backup) -> VMSpec:
     """
     known = set(VMSpec.__struct_fields__)
     try:
-        return msgspec.convert({k: v for k, v in backup.shape.items() if k in known}, VMSpec)
+        shape = msgspec.convert({k: v for k, v in backup.shape.items() if k in known}, VMSpec)
     except msgspec.ValidationError as error:
         raise DataCorruptError(
             f"what backup {backup.id} says of its VM makes no sense: {error}",
             object=f"backup {backup.id}",
         ) from error
+    # A backup does not get to name files of this host; what was in the drives is not in it.
+    drives = (msgspec.structs.replace(drive, medium=None) for drive in shape.cdroms)
+    return msgspec.structs.replace(shape, cdroms=tuple(drives))
 
 
 async def _image(context: Context, backup: Backup) -> list[tuple[Image, int]] | None:

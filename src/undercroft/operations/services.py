@@ -118,6 +118,10 @@ class HostServices(Protocol):
     def read_export(self, path: Path, start: int, end: int) -> AsyncIterator[bytes]:
         """The bytes of a finished file of an export, from ``start`` up to ``end``."""
 
+    async def check_medium(self, path: str) -> None:
+        """Does nothing if a file of this host can be in a CD-ROM drive; `NotFoundError`,
+        `InvalidError` if not."""
+
     async def examine(self, source: ImportSource) -> Examined:
         """What is in a file that comes in; `HostileImageError` if it is refused."""
 

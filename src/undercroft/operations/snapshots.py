@@ -38,6 +38,8 @@ SHAPE = (
     "tpm",
     "cpu_model",
     "display",
+    "cdroms",
+    "boot",
     "kernel_arguments",
 )
 

@@ -125,6 +125,7 @@ async def _changed_spec(context: Context, spec: VMSpec, request: VMChange) -> VM
         "accelerator",
         "cpu_model",
         "display",
+        "boot",
         "kernel_arguments",
         "restart",
         "stop_timeout",

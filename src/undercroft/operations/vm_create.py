@@ -25,6 +25,7 @@ from undercroft.model.task import Task
 from undercroft.model.template import Template
 from undercroft.model.vm import (
     VM,
+    Cdrom,
     Disk,
     Display,
     Firmware,
@@ -38,6 +39,7 @@ from undercroft.model.vm import (
 )
 from undercroft.model.volume import Volume
 from undercroft.operations.access import Caller
+from undercroft.operations.cdroms import check_disc, new_drive
 from undercroft.operations.context import Context, find, new_event, new_task, scope
 from undercroft.operations.datastores import place_checks, place_id, place_new
 from undercroft.operations.held import find_held
@@ -72,11 +74,19 @@ async def create(context: Context, caller: Caller, request: VMCreate) -> Task:
         raise InvalidError(
             "there is no disk to encrypt", action="give it one: --disk 10G, or leave --encrypt out"
         )
+    for drive in request.cdroms:
+        if drive.path is not None:
+            await check_disc(context, caller, drive.path)
     where = await place_new(context, request.datastore)
     for attempt in range(20):
         name = request.name or _invent_name(request)
         vm, disks, forwards = await _compose(
-            context, request, name, image.record if image else None, content, place_id(where)
+            context,
+            request,
+            name,
+            image.record if image else None,
+            content,
+            place_id(where),
         )
         arguments: dict[str, object] = {"start": request.start}
         warm = warm_key(request, vm, disks.made, content)
@@ -263,6 +273,9 @@ def _spec(
             f"{image.label if image else 'the image'} has no disk to boot from with {firmware}",
             action="use --firmware kernel",
         )
+    drives: list[Cdrom] = []
+    for wanted in request.cdroms:
+        drives.append(new_drive(drives, wanted, machine, image.meta.id if image else None))
     display = request.display
     if display is None:
         display = Display.NONE if machine is Machine.MICROVM else Display.STD
@@ -286,6 +299,8 @@ def _spec(
         image=image.meta.id if image else None,
         kernel_arguments=request.kernel_arguments,
         disks=disks,
+        cdroms=tuple(drives),
+        boot=request.boot,
         ports=ports,
         guest=_guest(request, content),
         restart=request.restart,

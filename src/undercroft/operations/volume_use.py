@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from undercroft.model.errors import AlreadyExistsError, BusyError, WrongStateError
 from undercroft.model.snapshot import Snapshot
 from undercroft.model.task import Task
 from undercroft.model.vm import VM
 from undercroft.model.volume import Volume, VolumeState
 from undercroft.operations.context import Context
+
+_CHANGES = (
+    "volume.attach",
+    "volume.detach",
+    "cdrom.add",
+    "cdrom.remove",
+    "cdrom.insert",
+    "cdrom.eject",
+)
 
 
 async def users_of(context: Context, volume: Volume) -> list[VM | Snapshot]:
@@ -52,24 +63,30 @@ def check_idle(volume: Volume) -> None:
 
 
 async def check_settled(context: Context, vm: VM) -> None:
-    """Does nothing if no disk of a VM is still to come or to go. What is written down for all of
-    its disks now would not be for those that it has then.
+    """Does nothing if no disk or disc of a VM is still to come or to go. What is written down for
+    all that it has now would not be for what it has then.
 
     Raises:
         BusyError: one is.
     """
-    waiting = []
-    for id in vm.tasks:
-        task = await context.store.get(Task, id)
-        if task is not None and task.record.spec.verb in ("volume.attach", "volume.detach"):
-            waiting.append(id)
-    if waiting:
+    busy = await waiting(context, vm, _CHANGES)
+    if busy:
         raise BusyError(
-            f"a disk of {vm.label} is just being attached or detached",
+            f"a disk or disc of {vm.label} is just being changed",
             object=vm.label,
             action="wait for it: croft task ls",
-            tasks=waiting,
+            tasks=busy,
         )
+
+
+async def waiting(context: Context, vm: VM, verbs: Sequence[str]) -> list[str]:
+    """The tasks (ids) of a VM that are one of these verbs and not done yet."""
+    found = []
+    for id in vm.tasks:
+        task = await context.store.get(Task, id)
+        if task is not None and task.record.spec.verb in verbs:
+            found.append(id)
+    return found
 
 
 def already_exists(name: str) -> AlreadyExistsError:

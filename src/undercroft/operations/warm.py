@@ -35,13 +35,16 @@ def warm_key(
 ) -> str | None:
     """What VMs have in common that can go on from the same memory; None: this one must boot.
 
-    It must if its guest is to be told more at its first boot than a name and keys, if nobody could
-    tell it afterwards (no agent), or if it has secrets of its own in memory (a TPM).
+    It must if its guest is to be told more at its first boot than a name and keys (also by a disc),
+    if nobody could tell it afterwards (no agent), or if it has secrets of its own in memory (a
+    TPM).
     """
     guest = vm.spec.guest
     if not request.start or request.cold or content is None or not content.agent:
         return None
     if guest.password_hash or guest.user_data or vm.spec.tpm or len(volumes) > 1:
+        return None
+    if vm.spec.cdroms:
         return None
     if guest.user != (content.defaults.user if content.cloud_init else None):
         return None

@@ -21,12 +21,13 @@ from undercroft.host.environment import Environment
 from undercroft.host.layers import chain, plan_layers
 from undercroft.host.registration import register
 from undercroft.hypervisor import sockets
+from undercroft.hypervisor.blockgraph import block_nodes
 from undercroft.hypervisor.qmp import Monitor
 from undercroft.model.errors import QmpError, TimeLimitError, UndercroftError
 from undercroft.model.snapshot import Snapshot, SnapshotState
 from undercroft.model.task import Task
 from undercroft.model.template import Template
-from undercroft.model.vm import VM
+from undercroft.model.vm import VM, VMState
 from undercroft.model.volume import Volume
 from undercroft.operations.access import SYSTEM
 from undercroft.operations.context import Context
@@ -219,6 +220,14 @@ class World:
         while (await self.operations.vms.get(SYSTEM, name)).record.status.instance is not None:
             await asyncio.sleep(0.01)
 
+    async def running(self, name: str) -> None:
+        """Waits until a VM runs."""
+        while True:
+            vm = (await self.operations.vms.get(SYSTEM, name)).record
+            if vm.status.state is VMState.RUNNING and self.agent.machine(vm.meta.id) is not None:
+                return
+            await asyncio.sleep(0.01)
+
     async def frozen(self) -> tuple[dict[tuple[str, str], str], dict[str, str]]:
         """All snapshots, by the names of VM and snapshot, and all templates, by id: the layer that
         the first disk of each has."""
@@ -289,6 +298,26 @@ class World:
         command = ["qemu-io", *(["-r"] if share else [])]
         command += [part for text in commands for part in ("-c", text)]
         return (await run([*command, "json:" + json.dumps(node)], timeout=LEASH)).decode()
+
+    async def disc(self, name: str) -> tuple[str | None, int, list[str]]:
+        """What is in the CD-ROM drive of a VM as its record says, how many bytes its QEMU has there
+        (0: nothing), and all that this has open of discs."""
+        vm = (await self.operations.vms.get(SYSTEM, name)).record
+        machine = self.agent.machine(vm.meta.id)
+        assert machine is not None
+        [entry] = [
+            entry
+            for entry in await machine._monitor.execute("query-block")
+            if "cd0-dev" in str(entry.get("qdev"))
+        ]
+        assert not entry["tray_open"]
+        inserted = entry.get("inserted")
+        size = inserted["image"]["virtual-size"] if inserted else 0
+        assert [drive.path for drive in machine.plan.cdroms] == [vm.spec.cdroms[0].medium]
+        nodes = await block_nodes(machine._monitor)
+        sets = await machine._monitor.execute("query-fdsets")
+        discs = sorted(node for node in nodes if node.startswith("cd"))
+        return vm.spec.cdroms[0].medium, size, [*discs, f"{len(sets)} sets"]
 
     async def head(self, name: str) -> str:
         """The layer that the disk of a VM is written to."""

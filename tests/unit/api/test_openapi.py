@@ -90,7 +90,9 @@ async def test_the_examples_are_understood(world: World, document: dict[str, Any
             example = json.dumps(body["example"]).encode()
             assert name in EXAMPLES, f"{name} takes a body, so it needs an example"
             response = client.raw.transport.request(
-                method.upper(), path.replace("{ref}", "web0"), body=example
+                method.upper(),
+                path.replace("{ref}", "web0").replace("{drive}", "0"),
+                body=example,
             )
             answer = response.read()
             # The world may lack the image, or be in another state; the request itself is good.

@@ -152,6 +152,9 @@ class FakeHost(Repositories):
         for at in range(0, len(content), 50_000):
             yield content[at : at + 50_000]
 
+    async def check_medium(self, path: str) -> None:
+        pass
+
     async def examine(self, source: ImportSource) -> Examined:
         disk = ApplianceDisk(file="web1.vmdk", size=1 << 30)
         return Examined(Appliance(name="web1", disks=(disk,)), None, "x86_64")

@@ -11,13 +11,15 @@ import pytest
 
 from tests.unit.host.rig import Rig
 from undercroft.host.planning import generation_id, make_plan, make_seed, vm_uuid
-from undercroft.hypervisor.plan import MachinePlan, PlanForward, PlanPort
-from undercroft.model.errors import DataError, UnsupportedError
+from undercroft.hypervisor.plan import MachinePlan, PlanCdrom, PlanForward, PlanPort
+from undercroft.model.errors import DataError, NotFoundError, UnsupportedError
 from undercroft.model.image import Image, ImageDefaults
+from undercroft.model.requests import NewCdrom
 from undercroft.model.units import GiB, MiB
 from undercroft.model.vm import (
     VM,
     Accelerator,
+    BootFirst,
     Disk,
     DiskBus,
     Firmware,
@@ -137,6 +139,27 @@ async def test_disks_boot_in_their_order(rig: Rig) -> None:
         (0, DiskBus.VIRTIO, False),
         (1, DiskBus.NVME, True),
     ]
+
+
+async def test_discs_boot_after_disks_or_before_them(rig: Rig, tmp_path: Path) -> None:
+    disc = tmp_path / "a.iso"
+    disc.write_bytes(bytes(16 * 2048) + b"\x01CD001")
+    drives = (NewCdrom(), NewCdrom(path=str(disc), bus=DiskBus.SCSI))
+    vm = await made(rig, disk=GiB, cdroms=drives)
+    plan = await make_plan(rig.environment, vm, None)
+    assert [disk.boot_index for disk in plan.disks] == [0]
+    assert plan.cdroms == (
+        PlanCdrom(unit=0, boot_index=16),
+        PlanCdrom(unit=1, bus=DiskBus.SCSI, path=str(disc), boot_index=17),
+    )
+    first = msgspec.structs.replace(vm.spec, boot=BootFirst.CDROM)
+    plan = await make_plan(rig.environment, msgspec.structs.replace(vm, spec=first), None)
+    assert [disk.boot_index for disk in plan.disks] == [4]
+    assert [drive.boot_index for drive in plan.cdroms] == [0, 1]
+    disc.unlink()
+    with pytest.raises(NotFoundError, match="the disc in drive 1 of vm web1") as caught:
+        await make_plan(rig.environment, vm, None)
+    assert "croft cdrom eject web1 --drive 1" in str(caught.value.action)
 
 
 async def test_the_vm_runs_as_its_own_uid(rig: Rig) -> None:

@@ -20,12 +20,14 @@ from tests.unit.hypervisor.plans import (
     plan,
 )
 from undercroft.hypervisor.commandline import CommandLine, command_line, needs_tsc
+from undercroft.hypervisor.devices.base import HOT_PORTS
 from undercroft.hypervisor.firmware import FirmwareFiles
 from undercroft.hypervisor.line import HandleKind
 from undercroft.hypervisor.plan import (
     DiskFormat,
     DiskLayer,
     MachinePlan,
+    PlanCdrom,
     PlanDisk,
     PlanForward,
     PlanPort,
@@ -95,6 +97,23 @@ GOLDEN: dict[str, tuple[MachinePlan, FirmwareFiles | None]] = {
         ),
         None,
     ),
+    "installer": (
+        from_disk(
+            disks=(overlay(unit=0, boot_index=0),),
+            cdroms=(
+                PlanCdrom(unit=0, path="/isos/a, b.iso", node="cd0-x1", boot_index=16),
+                PlanCdrom(unit=1, boot_index=17),
+                PlanCdrom(unit=3, bus=DiskBus.SCSI, path="/isos/c.iso", boot_index=18),
+            ),
+            seed=None,
+            hot_ports=HOT_PORTS,
+        ),
+        None,
+    ),
+    "cdrom-microvm": (
+        plan(machine=Machine.MICROVM, cdroms=(PlanCdrom(unit=0, bus=DiskBus.SCSI),)),
+        None,
+    ),
     "bare": (
         plan(rng=False, balloon=False, pvpanic=False, agent=False, initrd=None, vmgenid=None),
         None,
@@ -126,7 +145,7 @@ def test_no_golden_file_is_left_over() -> None:
 def test_qemu_opens_no_file_of_ours_by_path(name: str) -> None:
     line = built(name)
     wanted = GOLDEN[name][0]
-    secrets = [wanted.directory, wanted.run_directory, "/data/"]
+    secrets = [wanted.directory, wanted.run_directory, "/data/", "/isos/"]
     assert not [text for text in line.argv if any(secret in text for secret in secrets)]
 
 

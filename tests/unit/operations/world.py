@@ -129,6 +129,11 @@ class Services(Repositories):
     def read_export(self, path: Path, start: int, end: int) -> AsyncIterator[bytes]:
         raise NotImplementedError
 
+    async def check_medium(self, path: str) -> None:
+        self.calls.append(("check_medium", path))
+        if "none" in path:
+            raise NotFoundError(f"there is no file {path}", object=path)
+
     async def examine(self, source: ImportSource) -> Examined:
         self.calls.append(("examine", source))
         return self.examined

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from undercroft.hypervisor.devices.base import SCSI_PORT, Device, disk_slot, in_port
+from undercroft.hypervisor.devices.cdrom import SataCdrom, ScsiCdrom
 from undercroft.hypervisor.devices.disk import (
     NvmeDisk,
     SataDisk,
@@ -16,13 +17,15 @@ from undercroft.hypervisor.line import Slot
 from undercroft.hypervisor.plan import MachinePlan, PlanDisk, unit_of
 from undercroft.model.vm import DiskBus
 
-__all__ = ["hot_disk", "place_disks", "scsi_controller"]
+__all__ = ["SATA_PORTS", "hot_disk", "place_cdroms", "place_disks", "scsi_controller"]
+
+SATA_PORTS = 6
 
 
 def place_disks(plan: MachinePlan) -> Iterator[Device]:
     """All disks of a plan, with the SCSI controller that some hang on."""
     if plan.hot_ports:
-        if plan.scsi or any(disk.bus is DiskBus.SCSI for disk in plan.disks):
+        if plan.scsi or DiskBus.SCSI in plan.buses:
             yield scsi_controller()
         sata = 0
         for index, disk in enumerate(plan.disks):
@@ -33,6 +36,18 @@ def place_disks(plan: MachinePlan) -> Iterator[Device]:
                 yield hot_disk(disk, unit_of(disk, index))
     else:
         yield from _place_on_bus(plan)
+
+
+def place_cdroms(plan: MachinePlan) -> Iterator[Device]:
+    """The CD-ROM drives of a plan; those on SATA begin with the last port, as disks do with the
+    first."""
+    port = SATA_PORTS
+    for drive in plan.cdroms:
+        if drive.bus is DiskBus.SCSI:
+            yield ScsiCdrom(drive)
+        else:
+            port -= 1
+            yield SataCdrom(drive, port)
 
 
 def scsi_controller() -> ScsiController:
@@ -53,7 +68,8 @@ def _place_on_bus(plan: MachinePlan) -> Iterator[Device]:
     """All on the root bus, in their order: on boards without ports, and in machines whose saved
     state is from before there were any. The SCSI controller is at the place of the first."""
     buses = [disk.bus for disk in plan.disks]
-    on_bus = buses.count(DiskBus.VIRTIO) + buses.count(DiskBus.NVME) + (DiskBus.SCSI in buses)
+    on_bus = buses.count(DiskBus.VIRTIO) + buses.count(DiskBus.NVME)
+    on_bus += DiskBus.SCSI in plan.buses
     slots: Iterator[Slot] = iter([disk_slot(number, on_bus) for number in range(on_bus)])
     scsi = sata = 0
     for index, disk in enumerate(plan.disks):
@@ -70,3 +86,5 @@ def _place_on_bus(plan: MachinePlan) -> Iterator[Device]:
         else:
             yield SataDisk(disk, unit, sata)
             sata += 1
+    if scsi == 0 and DiskBus.SCSI in plan.buses:
+        yield ScsiController(next(slots))
