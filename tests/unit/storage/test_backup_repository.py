@@ -247,7 +247,7 @@ class TestRemoving:
     )
     def test_what_stays(self, days, last, daily, weekly, monthly):
         backups = [
-            Backup(id=f"bk-{n}", vm="vm-1", name="a", created=1.7e9 + day * 86400.0)
+            Backup(id=f"bk-{n:02}", vm="vm-1", name="a", created=1.7e9 + day * 86400.0)
             for n, day in enumerate(sorted(days))
         ]
         stay = kept(backups, last=last, daily=daily, weekly=weekly, monthly=monthly)
