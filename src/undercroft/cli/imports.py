@@ -222,6 +222,7 @@ def _show(croft: Croft, found: Any) -> int:
     for disk in dig(found, "disks", ()):
         what = f"{disk.get('format', '')} {disk['file']}".strip() if disk.get("file") else "empty"
         lines.append(("disk", f"{text(disk['size'])} on {disk.get('bus', 'sata')}: {what}"))
+    lines += [("cdrom", f"a drive on {bus}, empty") for bus in dig(found, "cdroms", ())]
     for port in dig(found, "ports", ()):
         lines.append(("network", f"{port.get('network') or '-'} ({port.get('model', 'e1000e')})"))
     lines.append(("manifest", dig(found, "manifest") or "none"))

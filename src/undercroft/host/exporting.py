@@ -164,6 +164,8 @@ async def _machine(
         notes.append(f"it boots the kernel of image {name}, which does not go with it")
     if shape.tpm:
         notes.append("its TPM begins anew elsewhere: secrets of a TPM do not leave the host")
+    if any(drive.medium for drive in shape.cdroms):
+        notes.append("what is in its CD-ROM drives does not go with it")
     if any(port.forwards for port in shape.ports):
         notes.append("ports that are forwarded to it do not go with it")
     machine = OutMachine(
@@ -176,6 +178,7 @@ async def _machine(
         secure_boot=shape.secure_boot,
         tpm=shape.tpm,
         disks=(),
+        cdroms=[drive.bus for drive in shape.cdroms],
         ports=[OutPort(port.mode, port.model, port.mac) for port in shape.ports],
         image=image,
     )

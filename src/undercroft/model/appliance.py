@@ -26,9 +26,10 @@ class AppliancePort(Model, frozen=True, kw_only=True):
 
 
 class Appliance(Model, frozen=True, kw_only=True):
-    """A VM in a file. Memory in bytes. ``manifest``: the checksums that come with it (``sha256``),
-    None without any; ``signed``: a certificate comes with it, which is not checked; ``notes`` are
-    what is not taken over, and what a user should know."""
+    """A VM in a file. Memory in bytes; ``cdroms``: the bus of each of its CD-ROM drives.
+    ``manifest``: the checksums that come with it (``sha256``), None without any; ``signed``: a
+    certificate comes with it, which is not checked; ``notes`` are what is not taken over, and what
+    a user should know."""
 
     name: str
     system: str = ""  # what it says of its operating system
@@ -39,6 +40,7 @@ class Appliance(Model, frozen=True, kw_only=True):
     secure_boot: bool = False
     tpm: bool = False
     disks: tuple[ApplianceDisk, ...] = ()
+    cdroms: tuple[DiskBus, ...] = ()
     ports: tuple[AppliancePort, ...] = ()
     manifest: str | None = None
     signed: bool = False

@@ -18,7 +18,9 @@ from undercroft.model.task import Task
 from undercroft.model.transfer import ImportCreate, ImportSource
 from undercroft.model.units import MiB
 from undercroft.model.vm import (
+    MAX_CDROMS,
     VM,
+    Cdrom,
     Disk,
     DiskBus,
     Display,
@@ -224,6 +226,7 @@ def _spec(
     if request.memory is None and memory % MiB:
         memory = -(-memory // MiB) * MiB
     machine = _ARCHS.get(arch, Machine.VIRT)
+    disks = _disks(request.bus, machine, found.disks, volumes, notes)
     return VMSpec(
         host=host,
         power=Power.RUNNING if request.start else Power.STOPPED,
@@ -236,7 +239,8 @@ def _spec(
         tpm=found.tpm if request.tpm is None else request.tpm,
         display=Display.VIRTIO if machine is Machine.VIRT else Display.STD,
         image=image.meta.id if image is not None else None,
-        disks=_disks(request.bus, machine, found.disks, volumes, notes),
+        disks=disks,
+        cdroms=_cdroms(machine, found.cdroms, disks, notes),
         ports=_ports(request, found, notes),
     )
 
@@ -259,6 +263,26 @@ def _disks(
                 note = "disks that its board has no SATA port for are on virtio-scsi"
                 notes += [note] if note not in notes else []
         made.append(Disk(volume=volume.meta.id, bus=bus))
+    return tuple(made)
+
+
+def _cdroms(
+    machine: Machine, drives: Sequence[DiskBus], disks: Sequence[Disk], notes: list[str]
+) -> tuple[Cdrom, ...]:
+    """Its CD-ROM drives, empty, on SATA as long as there are ports."""
+    if len(drives) > MAX_CDROMS:
+        notes.append(f"of its {len(drives)} CD-ROM drives it has {MAX_CDROMS} here")
+    free = MAX_SATA - sum(disk.bus is DiskBus.SATA for disk in disks)
+    if machine is not Machine.Q35:
+        free = 0
+    made: list[Cdrom] = []
+    for unit, bus in enumerate(drives[:MAX_CDROMS]):
+        if bus is DiskBus.SATA and free == 0:
+            bus = DiskBus.SCSI
+            note = "CD-ROM drives that its board has no SATA port for are on virtio-scsi"
+            notes += [note] if note not in notes else []
+        free -= bus is DiskBus.SATA
+        made.append(Cdrom(bus=bus, unit=unit))
     return tuple(made)
 
 

@@ -19,7 +19,7 @@ from tests.unit.storage.appliance import packages
 from undercroft.model.errors import DaemonError, HostileImageError, NoSpaceError, WrongStateError
 from undercroft.model.export import ExportFormat
 from undercroft.model.image import DiskFormat
-from undercroft.model.requests import DatastoreCreate, StopRequest, VMCreate
+from undercroft.model.requests import DatastoreCreate, NewCdrom, StopRequest, VMCreate
 from undercroft.model.task import Task, TaskState
 from undercroft.model.transfer import ExportCreate, ImportCreate, ImportSource
 from undercroft.model.units import GiB, MiB
@@ -62,7 +62,7 @@ def left_over(installation: Installation) -> list[str]:
 def test_out_and_in_again(installation: Installation, place: Path) -> None:
     """A guest that runs is exported, imported, and boots with what it had."""
     client = installation.client
-    installation.run("web1", disk=256 * MiB, cpus=2)
+    installation.run("web1", disk=256 * MiB, cpus=2, cdroms=(NewCdrom(), NewCdrom()))
     write(installation, "web1", "precious")
     installation.shell("web1", "dd if=/dev/urandom of=/dev/vda bs=1M seek=3 count=3; sync")
     ova = place / "web1.ova"
@@ -74,6 +74,7 @@ def test_out_and_in_again(installation: Installation, place: Path) -> None:
     vm = client.vms.get("web2")
     assert (vm.spec.cpus, vm.spec.firmware, len(vm.spec.disks)) == (2, Firmware.KERNEL, 1)
     assert vm.spec.ports[0].mac != client.vms.get("web1").spec.ports[0].mac
+    assert vm.spec.cdroms == client.vms.get("web1").spec.cdroms
     installation.finish(client.vms.stop("web2", OFF))
     # Its QEMU is killed while it is exported: the export is whole, and so is the guest.
     task = client.exports.create(ExportCreate(vm="web1"))

@@ -13,6 +13,7 @@ from tests.system.hypervisor.lab import BOOT_LIMIT, Lab
 from undercroft.hypervisor.emulator import find_emulator
 from undercroft.hypervisor.plan import PlanPort
 from undercroft.model.vm import DiskBus, Display, Firmware, Machine, NicModel, PortMode
+from undercroft.model.volume import IOLimits
 
 FROM_DISK: dict[str, Any] = {
     "firmware": Firmware.BIOS,
@@ -44,6 +45,16 @@ async def test_every_bus(lab: Lab, bus: DiskBus) -> None:
     machine = await lab.start(disks=disks)
     stats = await machine.stats()
     assert stats.disk_writes == 0
+
+    async def limits() -> list[tuple[int, int]]:
+        found = await machine._monitor.execute("query-block")
+        held = (entry["inserted"] for entry in found if "disk1-dev" in str(entry.get("qdev")))
+        return [(one["iops"], one["bps_wr"]) for one in held]
+
+    await machine.limit(1, IOLimits(iops=100, write_bandwidth=1 << 20))
+    assert await limits() == [(100, 1 << 20)]
+    await machine.limit(1, IOLimits())
+    assert await limits() == [(0, 0)]
 
 
 @pytest.mark.parametrize("display", [Display.STD, Display.VIRTIO])

@@ -17,7 +17,7 @@ from undercroft.model.errors import (
 )
 from undercroft.model.transfer import ImportCreate, ImportSource
 from undercroft.model.units import GiB, MiB
-from undercroft.model.vm import VM, DiskBus, Firmware, Machine, NicModel, PortMode
+from undercroft.model.vm import VM, Cdrom, DiskBus, Firmware, Machine, NicModel, PortMode
 from undercroft.model.volume import Volume
 from undercroft.operations.access import SYSTEM, VIEW, Caller
 from undercroft.operations.context import find
@@ -99,6 +99,22 @@ async def test_more_disks_than_sata_takes(world: World) -> None:
     buses = [disk.bus for disk in vm.spec.disks]
     assert buses.count(DiskBus.SCSI) == 9 - buses.count(DiskBus.SATA) > 0
     assert any("virtio-scsi" in note for note in notes)
+
+
+async def test_drives_come_empty_and_where_there_is_room(world: World) -> None:
+    drives = (DiskBus.SATA, DiskBus.SCSI, DiskBus.SATA, DiskBus.SATA, DiskBus.SATA)
+    disks = tuple(ApplianceDisk(file=f"{n}.vmdk", size=GiB) for n in range(4))
+    vm, notes = await made(world, msgspec.structs.replace(OTHERS, disks=disks, cdroms=drives))
+    assert vm.spec.cdroms == (
+        Cdrom(unit=0),
+        Cdrom(bus=DiskBus.SCSI, unit=1),
+        Cdrom(bus=DiskBus.SCSI, unit=2),
+        Cdrom(bus=DiskBus.SCSI, unit=3),
+    )
+    assert "of its 5 CD-ROM drives it has 4 here" in notes
+    assert any("SATA port" in note for note in notes)
+    vm, _ = await made(world, msgspec.structs.replace(OTHERS, cdroms=drives[:1]), arch="aarch64")
+    assert vm.spec.cdroms == (Cdrom(bus=DiskBus.SCSI),)
 
 
 async def test_other_processors(world: World) -> None:

@@ -58,6 +58,7 @@ class OutMachine:
     tpm: bool
     disks: Sequence[OutDisk]
     ports: Sequence[OutPort]
+    cdroms: Sequence[DiskBus] = ()
     nvram: tuple[str, int] | None = None
     image: str | None = None
 
@@ -148,7 +149,7 @@ def _hardware(machine: OutMachine) -> list[str]:
     scsi = [n for n, disk in enumerate(machine.disks) if disk.bus is DiskBus.SCSI]
     sata = [n for n in range(len(machine.disks)) if n not in scsi]
     controllers = {}
-    if sata:
+    if sata or machine.cdroms:
         controllers.update(dict.fromkeys(sata, 3))
         lines += _item(
             Address=0,
@@ -179,6 +180,17 @@ def _hardware(machine: OutMachine) -> list[str]:
             InstanceID=10 + n,
             Parent=controllers[n],
             ResourceType=17,
+        )
+    for n in range(len(machine.cdroms)):
+        lines += _item(
+            'ovf:required="false"',
+            AddressOnParent=len(sata) + n,
+            AutomaticAllocation="false",
+            ElementName=f"CD/DVD drive {n + 1}",
+            InstanceID=70 + n,
+            Parent=3,
+            ResourceSubType="vmware.cdrom.remotepassthrough",
+            ResourceType=15,
         )
     for n, port in enumerate(machine.ports):
         lines += _item(
@@ -225,6 +237,7 @@ def _own(machine: OutMachine, files: int) -> list[str]:
             f" undercroft:bus={_q(disk.bus)}/>"
             for n, disk in enumerate(machine.disks, 1)
         ),
+        *(f"      <undercroft:Cdrom undercroft:bus={_q(bus)}/>" for bus in machine.cdroms),
         *(
             f"      <undercroft:Port undercroft:model={_q(port.model)}"
             f" undercroft:network={_q(port.mode)}/>"

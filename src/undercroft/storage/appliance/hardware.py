@@ -24,8 +24,6 @@ _FLOPPY, _CD, _DVD, _DISK, _STORAGE = "14", "15", "16", "17", "20"
 _DROPPED = {
     "1": "a device of a kind of its own",
     _FLOPPY: "a floppy drive",
-    _CD: "a CD drive",
-    _DVD: "a DVD drive",
     "21": "a serial port",
     "22": "a parallel port",
     "23": "a USB controller",
@@ -56,6 +54,7 @@ class Hardware:
     cpus: int = 1
     memory: int = 512 * MiB
     disks: list[DiskItem] = field(default_factory=list)
+    cdroms: list[DiskBus] = field(default_factory=list)
     ports: list[AppliancePort] = field(default_factory=list)
     tpm: bool = False
     notes: list[str] = field(default_factory=list)
@@ -135,6 +134,12 @@ def _take(
         text = item.value("AddressOnParent") or item.value("Address") or "0"
         place = (parent[0] if parent else len(controllers), number(text, "place of a disk"))
         found.disks.append(DiskItem(_source(item.value("HostResource")), bus, place))
+    elif kind in (_CD, _DVD):
+        parent = controllers.get(item.value("Parent"))
+        scsi = parent is not None and parent[1] is DiskBus.SCSI
+        found.cdroms.append(DiskBus.SCSI if scsi else DiskBus.SATA)
+        if item.value("HostResource"):
+            found.notes.append(f"the disc in {named[:40] or 'its CD drive'} is not taken")
     elif kind == _NETWORK:
         model = NicModel.VIRTIO if "virtio" in subtype else NicModel.E1000E
         if model is NicModel.E1000E and subtype not in ("e1000", "e1000e", ""):
@@ -146,11 +151,7 @@ def _take(
     elif kind in (_IDE, _SCSI, _STORAGE):
         return
     elif kind in _DROPPED:
-        holds = item.value("HostResource")
-        if kind in (_CD, _DVD) and holds:
-            found.notes.append(f"the disc in {named[:40] or 'its CD drive'} is not taken")
-        else:
-            found.notes.append(f"{_DROPPED[kind]} is left out ({named[:40] or subtype[:40]})")
+        found.notes.append(f"{_DROPPED[kind]} is left out ({named[:40] or subtype[:40]})")
     elif item.attributes.get("required", "true").lower() in ("false", "0"):
         found.notes.append(f"a device of type {kind[:10]} is left out ({named[:40]})")
     else:

@@ -303,6 +303,7 @@ def _read_own(own: Element, found: Descriptor) -> None:
             f"disk/{disk.attributes.get('disk', '')}": DiskBus(disk.attributes.get("bus", ""))
             for disk in own.all("Disk")
         }
+        cdroms = [DiskBus(drive.attributes.get("bus", "")) for drive in own.all("Cdrom")]
         ports = [
             AppliancePort(
                 network=port.attributes.get("network", "")[:80],
@@ -321,6 +322,8 @@ def _read_own(own: Element, found: Descriptor) -> None:
         found.disks = [
             OvfDisk(drives[source].size, drives[source].file, bus) for source, bus in buses.items()
         ]
+    if len(cdroms) == len(found.hardware.cdroms) and set(cdroms) <= {DiskBus.SATA, DiskBus.SCSI}:
+        found.hardware.cdroms = cdroms
     if len(ports) == len(found.hardware.ports):
         found.hardware.ports = ports
         # What stood for them elsewhere does not matter here.

@@ -150,6 +150,7 @@ def _archive(
         secure_boot=found.secure_boot,
         tpm=found.hardware.tpm,
         disks=tuple(disks),
+        cdroms=tuple(found.hardware.cdroms),
         ports=tuple(found.hardware.ports),
         manifest=next(iter(checksums.values()))[0] if checksums else None,
         signed=certificate is not None,

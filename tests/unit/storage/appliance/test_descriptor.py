@@ -47,6 +47,7 @@ machines = st.builds(
     secure_boot=st.just(False),
     tpm=st.booleans(),
     disks=disks,
+    cdroms=st.lists(st.sampled_from([DiskBus.SATA, DiskBus.SCSI]), max_size=4),
     ports=ports,
     nvram=st.none() | st.just(("web1.nvram", 540672)),
     image=st.none() | st.just("ab" * 32),
@@ -73,6 +74,7 @@ def test_what_is_written_is_read_again(machine: OutMachine) -> None:
     assert found.hardware.ports == [
         AppliancePort(network=str(port.mode), model=port.model) for port in machine.ports
     ]
+    assert found.hardware.cdroms == machine.cdroms
     assert found.nvram == (machine.nvram[0] if machine.nvram else None)
     assert [note for note in found.notes if "TPM" not in note] == []
 
@@ -95,7 +97,7 @@ def test_others_find_every_disk_in_its_place(machine: OutMachine) -> None:
         if item.tag.endswith("}Item"):
             assert item.findtext(f"{rasd}InstanceID") not in ids
             ids.add(item.findtext(f"{rasd}InstanceID"))
-        if item.findtext(f"{rasd}ResourceType") == "17":
+        if item.findtext(f"{rasd}ResourceType") in ("15", "17"):
             place = (item.findtext(f"{rasd}Parent"), item.findtext(f"{rasd}AddressOnParent"))
             assert place not in places
             assert place != ("4", "7")  # VMware's SCSI controller itself
