@@ -11,8 +11,7 @@ from undercroft.model.task import Task
 
 
 class CdromController(Controller):
-    """Drives that come and go while a VM is off, and discs that do at any time. Which there are is
-    in the VM's `spec.cdroms`."""
+    """Drives and discs that come and go. Which there are is in the VM's `spec.cdroms`."""
 
     path = "/v1/vms/{ref:str}/cdroms"
     tags = ["vms"]
@@ -21,13 +20,13 @@ class CdromController(Controller):
         operation_id="addCdrom",
         summary="Give a VM a CD-ROM drive",
         status_code=202,
-        responses=errors(404, 409, 501),
+        responses=errors(404, 409, 501, 502),
     )
     async def add_cdrom(
         self, request: AnyRequest, ref: FromPath[str], data: JSONBody[NewCdrom | None] = None
     ) -> Response[Task]:
-        """One more drive for a VM that is off, empty or with the disc in `path`, a file on the
-        daemon's host. The task's result has its number (`drive`)."""
+        """One more drive, empty or with the disc in `path`, a file on the daemon's host. On SATA it
+        comes only while the VM is off. The task's result has its number (`drive`)."""
         task = await operations(request).cdroms.add(caller(request), ref, data or NewCdrom())
         return answer_task(task)
 
@@ -36,12 +35,12 @@ class CdromController(Controller):
         operation_id="removeCdrom",
         summary="Take a CD-ROM drive away",
         status_code=202,
-        responses=errors(404, 409),
+        responses=errors(404, 409, 501, 502, 504),
     )
     async def remove_cdrom(
         self, request: AnyRequest, ref: FromPath[str], drive: FromPath[int]
     ) -> Response[Task]:
-        """Takes a drive away from a VM that is off."""
+        """Takes a drive away from a VM, with what is in it; one on SATA only while it is off."""
         task = await operations(request).cdroms.remove(caller(request), ref, drive)
         return answer_task(task)
 

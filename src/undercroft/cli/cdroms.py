@@ -99,7 +99,7 @@ class Ls(Command):
                 print(drive.get("unit", 0))
             return OK
         if not drives:
-            croft.note(f"no CD-ROM drives; while it is off: croft cdrom add {args.name}")
+            croft.note(f"no CD-ROM drives; this makes one: croft cdrom add {args.name}")
             return OK
         table = Table(croft.out, ("DRIVE", "BUS", "DISC"))
         for drive in drives:
@@ -165,9 +165,9 @@ class Add(Command):
     """``croft cdrom add VM``"""
 
     description = """
-        Gives a VM that is off one more CD-ROM drive, four at most. On SATA every system sees it;
-        the kernels of many cloud images know only SCSI (virtio-scsi), which is the default for VMs
-        that were made from an image.
+        Gives a VM one more CD-ROM drive, four at most. On SATA every system sees it, but it comes
+        only while the VM is off; the kernels of many cloud images know only SCSI (virtio-scsi),
+        which is the default for VMs that run, or were made from an image.
     """
     examples = (
         ("croft cdrom add web1", "an empty drive"),
@@ -201,7 +201,8 @@ class Rm(Command):
     """``croft cdrom rm VM``"""
 
     description = """
-        Takes a CD-ROM drive away from a VM that is off. The file that was in it stays as it is.
+        Takes a CD-ROM drive away from a VM; one on SATA only while it is off. The file that was in
+        it stays as it is.
     """
     examples = (("croft cdrom rm web1 --drive 1", "its second drive"),)
 

@@ -79,12 +79,12 @@ class VMsClient(Noun[VM]):
         return self._act(ref, "suspend")
 
     def add_cdrom(self, ref: str, request: NewCdrom | None = None) -> Task:
-        """Gives a VM that is off a CD-ROM drive; the task's ``result`` has its number."""
+        """Gives a VM a CD-ROM drive; the task's ``result`` has its number."""
         body = request or NewCdrom()
         return decode(self._request("POST", ref, "/cdroms", json=body), Task)
 
     def remove_cdrom(self, ref: str, drive: int) -> Task:
-        """Takes a CD-ROM drive away from a VM that is off."""
+        """Takes a CD-ROM drive away from a VM."""
         return decode(self._request("DELETE", ref, f"/cdroms/{drive}"), Task)
 
     def insert(self, ref: str, request: InsertRequest, drive: int = 0) -> Task:

@@ -7,7 +7,8 @@ then the task says what is under way, and whoever repeats it finds out from QEMU
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 import msgspec
 
@@ -19,7 +20,7 @@ from undercroft.hypervisor.medium import check_medium
 from undercroft.model.checks import check_vm_spec
 from undercroft.model.errors import UndercroftError
 from undercroft.model.vm import VM, Cdrom, DiskBus
-from undercroft.operations.cdroms import find_drive, not_off
+from undercroft.operations.cdroms import find_drive
 
 Drives = tuple[Cdrom, ...]
 
@@ -40,14 +41,9 @@ async def _exchange(actor: VMActor, vm: VM, run: TaskRun, medium: str | None) ->
     known = find_drive(vm, unit)
     drive = msgspec.structs.replace(known, medium=medium)
     if actor.machine is not None:
-        # A name that says which task it was, so that the next daemon knows whether it is done.
-        node = f"cd{unit}-{run.id.removeprefix('task-')}"
-        async with unless_it_ended(actor, vm):
-            try:
-                await actor.machine.change_medium(plan_cdrom(drive, node), force=force)
-            except UndercroftError as error:
-                error.object = error.object or vm.label
-                raise
+        planned = plan_cdrom(drive, _node(drive, run))
+        async with _unless_it_ended(actor, vm):
+            await actor.machine.change_medium(planned, force=force)
     else:
         if medium is not None:
             await asyncio.to_thread(check_medium, medium)
@@ -67,17 +63,22 @@ async def _exchange(actor: VMActor, vm: VM, run: TaskRun, medium: str | None) ->
 
 
 async def add(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
-    """Gives the VM, which is off, one more drive."""
-    _check_off(actor, vm)
+    """Gives the VM one more drive."""
+    await run.commit()
     path = run.arguments.get("path")
     drive = Cdrom(
         bus=DiskBus(run.arguments["bus"]),
         medium=str(path) if path is not None else None,
         unit=int(run.arguments["drive"]),
     )
-    if drive.medium is not None:
-        await asyncio.to_thread(check_medium, drive.medium)
     check_vm_spec(msgspec.structs.replace(vm.spec, cdroms=_added(vm.spec.cdroms, drive)))
+    if actor.machine is not None:
+        async with _unless_it_ended(actor, vm):
+            await actor.machine.add_drive(plan_cdrom(drive, _node(drive, run)))
+    else:
+        if drive.medium is not None:
+            await asyncio.to_thread(check_medium, drive.medium)
+        check_not_suspended(actor, vm)
     return Outcome(
         lambda record: _with_drives(record, lambda drives: _added(drives, drive)),
         event="cdrom.added",
@@ -87,9 +88,15 @@ async def add(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
 
 
 async def remove(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
-    """Takes a drive away from the VM, which is off."""
-    _check_off(actor, vm)
+    """Takes a drive away from the VM, with what is in it."""
     unit = int(run.arguments["drive"])
+    await run.commit()
+    known = next((drive for drive in vm.spec.cdroms if drive.unit == unit), None)
+    if actor.machine is None:
+        check_not_suspended(actor, vm)
+    elif known is not None:
+        async with _unless_it_ended(actor, vm):
+            await actor.machine.remove_drive(plan_cdrom(known))
     return Outcome(
         lambda record: _with_drives(
             record, lambda drives: tuple(drive for drive in drives if drive.unit != unit)
@@ -105,10 +112,19 @@ def _added(drives: Drives, drive: Cdrom) -> Drives:
     return tuple(sorted((*others, drive), key=lambda known: known.unit))
 
 
-def _check_off(actor: VMActor, vm: VM) -> None:
-    check_not_suspended(actor, vm)
-    if actor.machine is not None:
-        raise not_off(vm)
+def _node(drive: Cdrom, run: TaskRun) -> str:
+    """A name that says which task it was, so that the next daemon knows whether it is done."""
+    return f"cd{drive.unit}-{run.id.removeprefix('task-')}"
+
+
+@asynccontextmanager
+async def _unless_it_ended(actor: VMActor, vm: VM) -> AsyncIterator[None]:
+    async with unless_it_ended(actor, vm):
+        try:
+            yield
+        except UndercroftError as error:
+            error.object = error.object or vm.label
+            raise
 
 
 def _with_drives(vm: VM, change: Callable[[Drives], Drives]) -> VM:

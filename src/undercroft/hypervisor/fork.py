@@ -20,7 +20,7 @@ import msgspec
 from undercroft.hypervisor.emulator import Emulator
 from undercroft.hypervisor.machine import QemuMachine
 from undercroft.hypervisor.plan import DiskFormat, MachinePlan, PlanDisk, PlanPort
-from undercroft.hypervisor.state_file import link_state, suspended_plan
+from undercroft.hypervisor.suspend import link_state, suspended_plan
 
 __all__ = ["fork_plan", "freeze", "frozen", "frozen_size", "without_forwards"]
 

@@ -1,4 +1,4 @@
-"""Disks that come and go while the guest runs.
+"""Disks, and drives for discs, that come and go while the guest runs.
 
 A disk is described by the same classes as on the command line, so that a machine which is begun
 anew from its plan is the one that it had become. Every step asks QEMU first how far it is, and can
@@ -14,19 +14,33 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from undercroft.hypervisor.bitmaps import drop_useless
 from undercroft.hypervisor.blockgraph import block_nodes, drop_nodes, hand_over
+from undercroft.hypervisor.devices.cdrom import ScsiCdrom
 from undercroft.hypervisor.devices.places import hot_disk, scsi_controller
 from undercroft.hypervisor.emulator import Emulator
 from undercroft.hypervisor.line import HandleKind, Line, escape
-from undercroft.hypervisor.plan import MachinePlan, PlanDisk
+from undercroft.hypervisor.medium import change_medium
+from undercroft.hypervisor.plan import MachinePlan, PlanCdrom, PlanDisk
 from undercroft.hypervisor.qmp import Monitor
 from undercroft.hypervisor.secret import give_secret
 from undercroft.model.errors import QmpError, TimeLimitError, UnsupportedError
 from undercroft.model.vm import DiskBus, Machine
 from undercroft.model.volume import IOLimits
 
-__all__ = ["RELEASE_TIMEOUT", "check_pluggable", "limit", "plug", "present", "resize", "unplug"]
+__all__ = [
+    "RELEASE_TIMEOUT",
+    "check_pluggable",
+    "limit",
+    "plug",
+    "plug_drive",
+    "present",
+    "resize",
+    "unplug",
+    "unplug_drive",
+]
 
 RELEASE_TIMEOUT = 30.0  # seconds that a guest gets to let go of a disk
 _POLL = 0.1
@@ -163,20 +177,8 @@ async def unplug(
         TimeLimitError: the guest does not let go; the disk stays. QmpError: QEMU refuses.
     """
     check_pluggable(plan, disk.bus, disk.unit)
-    id = f"disk{disk.unit}-dev"
     deadline = asyncio.get_running_loop().time() + timeout
-    asked = False
-    while id in await present(monitor):
-        if not asked:
-            await _ask_to_release(monitor, id)
-            asked = True
-        if asyncio.get_running_loop().time() > deadline:
-            raise TimeLimitError(
-                f"the guest of {monitor.name} did not let go of the disk within {timeout:g} s",
-                action="let it finish booting and unmount the disk in the guest, then try again; "
-                "or stop the VM first",
-            )
-        await asyncio.sleep(_POLL)
+    await _remove_device(monitor, f"disk{disk.unit}-dev", "the disk", timeout)
     while True:
         try:
             await _drop_nodes(monitor, disk)
@@ -187,6 +189,27 @@ async def unplug(
             await asyncio.sleep(_POLL)
         else:
             return
+
+
+async def _remove_device(monitor: Monitor, id: str, what: str, timeout: float) -> None:
+    """Asks the guest to let go of a device, and waits until it has.
+
+    Raises:
+        TimeLimitError: it does not.
+    """
+    deadline = asyncio.get_running_loop().time() + timeout
+    asked = False
+    while id in await present(monitor):
+        if not asked:
+            await _ask_to_release(monitor, id)
+            asked = True
+        if asyncio.get_running_loop().time() > deadline:
+            raise TimeLimitError(
+                f"the guest of {monitor.name} did not let go of {what} within {timeout:g} s",
+                action=f"let it finish booting and unmount {what} in the guest, then try again; "
+                "or stop the VM first",
+            )
+        await asyncio.sleep(_POLL)
 
 
 async def _ask_to_release(monitor: Monitor, id: str) -> None:
@@ -203,6 +226,49 @@ async def _ask_to_release(monitor: Monitor, id: str) -> None:
 async def _drop_nodes(monitor: Monitor, disk: PlanDisk) -> None:
     """Closes what belongs to a disk that no device has any more."""
     await drop_nodes(monitor, [disk.node, *(layer.node for layer in disk.backing)])
+
+
+async def plug_drive(monitor: Monitor, plan: MachinePlan, drive: PlanCdrom) -> None:
+    """Gives the machine an empty CD-ROM drive. May be repeated.
+
+    Raises:
+        UnsupportedError: it cannot come while the guest runs.
+        QmpError, TimeLimitError: it did not work.
+    """
+    _check_drive(plan, drive)
+    devices = await present(monitor)
+    if f"cd{drive.unit}-dev" in devices:
+        return
+    recorder = _Recorder(plan, Emulator(arch=plan.arch, path="", version=monitor.version))
+    if "scsi" not in devices:
+        scsi_controller().add_to(recorder)
+    ScsiCdrom(msgspec.structs.replace(drive, path=None)).add_to(recorder)
+    for command, arguments in recorder.steps:
+        await monitor.execute(command, arguments)
+
+
+async def unplug_drive(
+    monitor: Monitor, plan: MachinePlan, drive: PlanCdrom, timeout: float = RELEASE_TIMEOUT
+) -> None:
+    """Empties a CD-ROM drive, and takes it away. May be repeated.
+
+    Raises:
+        UnsupportedError: it cannot go while the guest runs. InUseError: the guest has locked it.
+        TimeLimitError: the guest does not let go of it. QmpError: QEMU refuses.
+    """
+    _check_drive(plan, drive)
+    if f"cd{drive.unit}-dev" in await present(monitor):
+        await change_medium(monitor, msgspec.structs.replace(drive, path=None))
+    await _remove_device(monitor, f"cd{drive.unit}-dev", "the drive", timeout)
+
+
+def _check_drive(plan: MachinePlan, drive: PlanCdrom) -> None:
+    if drive.bus is DiskBus.SATA:
+        raise UnsupportedError(
+            "a CD-ROM drive on SATA comes and goes only while the VM is off",
+            action="stop the VM first, or use --bus scsi",
+        )
+    check_pluggable(plan, drive.bus, drive.unit)
 
 
 async def resize(monitor: Monitor, disk: PlanDisk, size: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -10,19 +11,27 @@ import msgspec
 
 from undercroft.hypervisor.branch import branch, written_nodes
 from undercroft.hypervisor.fold import begin_fold, drop_folded, end_fold
-from undercroft.hypervisor.hotplug import limit, plug, resize, unplug
+from undercroft.hypervisor.hotplug import (
+    limit,
+    plug,
+    plug_drive,
+    resize,
+    unplug,
+    unplug_drive,
+)
 from undercroft.hypervisor.launch import write_plan
-from undercroft.hypervisor.medium import change_medium
+from undercroft.hypervisor.medium import change_medium, check_medium
 from undercroft.hypervisor.merge import absorb, give_up_jobs
 from undercroft.hypervisor.plan import DiskLayer, PlanCdrom, PlanDisk, unit_of
 from undercroft.hypervisor.session import MachineSession
-from undercroft.hypervisor.state import STOPPED, RunState, needs
+from undercroft.hypervisor.state import RunState, needs
+from undercroft.model.errors import UndercroftError
 from undercroft.model.vm import DiskBus
 from undercroft.model.volume import IOLimits
 
 __all__ = ["MachineDisks"]
 
-_STARTED = (RunState.RUNNING, *STOPPED)
+_STARTED = (RunState.RUNNING, RunState.PAUSED, RunState.IO_ERROR)
 
 
 class MachineDisks(MachineSession):
@@ -79,6 +88,44 @@ class MachineDisks(MachineSession):
             QmpError, TimeLimitError: it did not work.
         """
         await limit(self._monitor, f"disk{unit}-dev", limits)
+
+    @needs(*_STARTED)
+    async def add_drive(self, drive: PlanCdrom) -> None:
+        """Gives the guest one more CD-ROM drive, with what is in it. May be repeated.
+
+        Raises:
+            UnsupportedError: not while it runs. NotFoundError, InvalidError: what is to be in it
+                cannot be. QmpError, TimeLimitError: it did not work.
+        """
+        if drive.path is not None:
+            await asyncio.to_thread(check_medium, drive.path)
+        await plug_drive(self._monitor, self.plan, drive)
+        empty = msgspec.structs.replace(drive, path=None)
+        drives = (*self._drives_but(drive), empty)
+        await self._became(cdroms=drives, scsi=True)
+        if drive.path is None:
+            return
+        try:
+            await self.change_medium(drive)
+        except BaseException:
+            if self._monitor.connected:
+                with contextlib.suppress(UndercroftError):
+                    await asyncio.shield(self.remove_drive(drive))
+            raise
+
+    @needs(*_STARTED)
+    async def remove_drive(self, drive: PlanCdrom) -> None:
+        """Takes a CD-ROM drive away, with what is in it. May be repeated.
+
+        Raises:
+            UnsupportedError: not while it runs. InUseError: the guest has locked it.
+            TimeLimitError: the guest does not let go of it. QmpError: QEMU refuses.
+        """
+        await unplug_drive(self._monitor, self.plan, drive)
+        await self._became(cdroms=self._drives_but(drive))
+
+    def _drives_but(self, drive: PlanCdrom) -> tuple[PlanCdrom, ...]:
+        return tuple(known for known in self.plan.cdroms if known.unit != drive.unit)
 
     @needs(*_STARTED)
     async def change_medium(self, drive: PlanCdrom, *, force: bool = False) -> None:

@@ -77,7 +77,6 @@ class MachineSession:
         self._watcher: asyncio.Task[ExitReport] | None = None
         self._ending: asyncio.Task[None] | None = None
         self._detached = False
-        self._brief = False  # the guest is to stand still for milliseconds, which is no pause
 
     @property
     def name(self) -> str:
@@ -163,7 +162,7 @@ class MachineSession:
     def _handle(self, event: MonitorEvent) -> None:
         data: Mapping[str, Any] = event.get("data", {})
         match event["event"]:
-            case "STOP" if not self._brief:
+            case "STOP":
                 if self.run_state in (RunState.RUNNING, RunState.INCOMING):
                     self._set_state(RunState.PAUSED)
             case "RESUME":

@@ -10,15 +10,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
 from undercroft.model.base import Model
 from undercroft.model.errors import WrongStateError
 
-__all__ = [
-    "STOPPED",
-    "EventHandler",
-    "ExitReport",
-    "MachineEvent",
-    "MachineStats",
-    "RunState",
-    "needs",
-]
+__all__ = ["EventHandler", "ExitReport", "MachineEvent", "MachineStats", "RunState", "needs"]
 
 
 class RunState(StrEnum):
@@ -40,10 +32,6 @@ class RunState(StrEnum):
             return cls(status)
         except ValueError:
             return cls.PAUSED
-
-
-STOPPED = (RunState.PAUSED, RunState.IO_ERROR)
-"""A guest whose processors stand still, and can go on."""
 
 
 class MachineEvent(Model, frozen=True, kw_only=True):

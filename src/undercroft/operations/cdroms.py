@@ -18,7 +18,6 @@ from undercroft.operations.disks import check_changeable
 from undercroft.operations.volume_use import waiting
 
 Prepared = tuple[VM, dict[str, object]]
-_OFF = (VMState.STOPPED, VMState.FAILED)
 
 
 class CdromOperations:
@@ -64,10 +63,11 @@ class CdromOperations:
         return await ask(self._context, caller, ref, "cdrom.eject", prepare)
 
     async def add(self, caller: Caller, ref: str, request: NewCdrom) -> Task:
-        """Gives a VM that is off one more drive.
+        """Gives a VM, running or not, one more drive.
 
         Raises:
-            InvalidError, UnsupportedError: it cannot have it. WrongStateError: it is not off.
+            InvalidError, UnsupportedError: it cannot have it.
+            WrongStateError: the VM is suspended, being made or removed.
         """
         caller.require("vm.change")
         if request.path is not None:
@@ -75,8 +75,6 @@ class CdromOperations:
 
         async def prepare(vm: VM, _: Volumes) -> Prepared:
             check_changeable(vm)
-            if vm.status.state not in _OFF:
-                raise not_off(vm)
             if busy := await waiting(self._context, vm, ("cdrom.add",)):
                 raise BusyError(
                     f"{vm.label} is just being given a CD-ROM drive",
@@ -85,25 +83,26 @@ class CdromOperations:
                     tasks=busy,
                 )
             drives = vm.spec.cdroms
-            made = new_drive(drives, request, vm.spec.machine, vm.spec.image)
+            made = new_drive(
+                drives, request, vm.spec.machine, vm.spec.image, hot=vm.status.state.alive
+            )
             check_vm_spec(msgspec.structs.replace(vm.spec, cdroms=(*drives, made)))
             return vm, {"drive": made.unit, "bus": made.bus.value, "path": made.medium}
 
         return await ask(self._context, caller, ref, "cdrom.add", prepare)
 
     async def remove(self, caller: Caller, ref: str, drive: int) -> Task:
-        """Takes a drive away from a VM that is off.
+        """Takes a drive away from a VM, running or not.
 
         Raises:
-            NotFoundError: there is no such drive. WrongStateError: it is not off.
+            NotFoundError: there is no such drive.
+            WrongStateError: the VM is suspended, being made or removed.
         """
         caller.require("vm.change")
 
         async def prepare(vm: VM, _: Volumes) -> Prepared:
             find_drive(vm, drive)
             check_changeable(vm)
-            if vm.status.state not in _OFF:
-                raise not_off(vm)
             return vm, {"drive": drive}
 
         return await ask(self._context, caller, ref, "cdrom.remove", prepare)
@@ -121,10 +120,15 @@ async def check_disc(context: Context, caller: Caller, path: str) -> None:
 
 
 def new_drive(
-    drives: Sequence[Cdrom], request: NewCdrom, machine: Machine, image: str | None
+    drives: Sequence[Cdrom],
+    request: NewCdrom,
+    machine: Machine,
+    image: str | None,
+    *,
+    hot: bool = False,
 ) -> Cdrom:
-    """One more drive. What is to be installed from a disc knows SATA; the kernels of images for
-    clouds often do not, and have their disks on virtio, too.
+    """One more drive; ``hot``: it comes to a running guest. What is to be installed from a disc
+    knows SATA; the kernels of images for clouds often do not, and have their disks on virtio, too.
 
     Raises:
         InvalidError: there are too many.
@@ -133,7 +137,8 @@ def new_drive(
     unit = next((n for n in range(MAX_CDROMS) if n not in taken), None)
     if unit is None:
         raise InvalidError(f"a VM has at most {MAX_CDROMS} CD-ROM drives")
-    default = DiskBus.SATA if machine is Machine.Q35 and image is None else DiskBus.SCSI
+    sata = machine is Machine.Q35 and image is None and not hot
+    default = DiskBus.SATA if sata else DiskBus.SCSI
     return Cdrom(bus=request.bus or default, medium=request.path, unit=unit)
 
 
@@ -150,17 +155,5 @@ def find_drive(vm: VM, unit: int) -> Cdrom:
     raise NotFoundError(
         f"{vm.label} has no CD-ROM drive{f' {unit}' if known else ''}",
         object=f"cdrom {vm.meta.name}",
-        action=f"it has: {known}"
-        if known
-        else f"give it one while it is off: croft cdrom add {vm.meta.name}",
-    )
-
-
-def not_off(vm: VM) -> WrongStateError:
-    """The error for a VM that is not off."""
-    return WrongStateError(
-        f"{vm.label} is {vm.status.state}: CD-ROM drives come and go only while it is off",
-        object=vm.label,
-        action=f"stop it first: croft stop {vm.meta.name}",
-        state=vm.status.state,
+        action=f"it has: {known}" if known else f"give it one: croft cdrom add {vm.meta.name}",
     )

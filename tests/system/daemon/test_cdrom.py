@@ -6,7 +6,7 @@ import os
 import signal
 from pathlib import Path
 
-from tests.system.daemon.installation import Installation, wait_gone
+from tests.system.daemon.installation import Installation, until, wait_gone
 from tests.system.discs import make_disc
 from undercroft.model.requests import (
     CloneMode,
@@ -18,7 +18,7 @@ from undercroft.model.requests import (
     StopRequest,
 )
 from undercroft.model.task import Task, TaskState
-from undercroft.model.vm import RestartPolicy
+from undercroft.model.vm import DiskBus, RestartPolicy
 
 LOOK = """
 n=0; while ! [ -b /dev/sr0 ] && [ $n -lt 300 ]; do sleep 0.1; n=$((n + 1)); done
@@ -106,5 +106,21 @@ def test_discs_stay_where_they_are_put(installation: Installation, place: Path) 
     assert vms.get("web1").status.state in ("stopped", "failed")
     installation.finish(vms.remove_cdrom("web1", 0))
     installation.finish(vms.start("web1"))
+
+    # A drive comes to a guest that runs, too, and goes again.
+    make_disc(discs["two"], "two", what=b"two\n")
+    task = vms.add_cdrom("web1", NewCdrom(path=str(discs["two"])))
+    installation.kill()
+    installation.start()
+    installation.finish(task)
+    until(lambda: holds("web1") == "two", "the guest has seen to its new drive")
+    installation.finish(vms.suspend("web1"))
+    installation.finish(vms.start("web1"))
+    assert holds("web1") == "two"
+    installation.finish(vms.remove_cdrom("web1", 0))
+    assert installation.shell("web1", "ls /dev | grep -c sr0") == "0"
+    sata = vms.add_cdrom("web1", NewCdrom(bus=DiskBus.SATA))
+    assert failed(installation, sata)[0] == "unsupported"
+    assert vms.get("web1").spec.cdroms == ()
     installation.finish(vms.remove("web1", force=True))
     installation.assert_in_order()

@@ -38,6 +38,7 @@ from undercroft.store.sqlite import SQLiteStore
 
 KILLED = 137
 _DUMPED = re.compile(r"[0-9a-f]{8}:  ((?:[0-9a-f]{2} ){16})")
+_DRIVE = re.compile(r"\bcd(\d)-dev\b")
 LEASH = 60.0  # seconds that anything may take
 
 _STEPS = (
@@ -299,25 +300,23 @@ class World:
         command += [part for text in commands for part in ("-c", text)]
         return (await run([*command, "json:" + json.dumps(node)], timeout=LEASH)).decode()
 
-    async def disc(self, name: str) -> tuple[str | None, int, list[str]]:
-        """What is in the CD-ROM drive of a VM as its record says, how many bytes its QEMU has there
-        (0: nothing), and all that this has open of discs."""
+    async def drives(self, name: str) -> tuple[dict[int, str | None], dict[int, int], int, int]:
+        """What is in each CD-ROM drive of a VM as its record says, how many bytes its QEMU has
+        there (0: nothing), and how many nodes and descriptors this has open in all."""
         vm = (await self.operations.vms.get(SYSTEM, name)).record
         machine = self.agent.machine(vm.meta.id)
         assert machine is not None
-        [entry] = [
-            entry
-            for entry in await machine._monitor.execute("query-block")
-            if "cd0-dev" in str(entry.get("qdev"))
-        ]
-        assert not entry["tray_open"]
-        inserted = entry.get("inserted")
-        size = inserted["image"]["virtual-size"] if inserted else 0
-        assert [drive.path for drive in machine.plan.cdroms] == [vm.spec.cdroms[0].medium]
+        sizes: dict[int, int] = {}
+        for entry in await machine._monitor.execute("query-block"):
+            if (match := _DRIVE.search(str(entry.get("qdev")))) is not None:
+                assert not entry["tray_open"]
+                inserted = entry.get("inserted")
+                sizes[int(match[1])] = inserted["image"]["virtual-size"] if inserted else 0
+        media = {drive.unit: drive.medium for drive in vm.spec.cdroms}
+        assert {drive.unit: drive.path for drive in machine.plan.cdroms} == media
         nodes = await block_nodes(machine._monitor)
         sets = await machine._monitor.execute("query-fdsets")
-        discs = sorted(node for node in nodes if node.startswith("cd"))
-        return vm.spec.cdroms[0].medium, size, [*discs, f"{len(sets)} sets"]
+        return media, sizes, sum(node.startswith("cd") for node in nodes), len(sets)
 
     async def head(self, name: str) -> str:
         """The layer that the disk of a VM is written to."""
