@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import cycle, inside, known, start, transfer
+from bench import backups, clones, cycle, disks, hundred, inside, known, start, transfer
 from bench.figures import Section
 from bench.processes import adopt_orphans, end_children, terminate_is_interrupt
 from bench.report import QUIET, busy_share, conditions, render, text
@@ -35,6 +35,11 @@ BENCHMARKS = {
     "api": Benchmark("the API on one core", inside.api, 3, 1),
     "store": Benchmark("the store, against the same SQL by hand", inside.store, 3, 1),
     "cycle": Benchmark("20 tiny VMs at once: whose processor time it takes", cycle.run, 2, 1),
+    "clones": Benchmark("instant clones of a tiny VM, against its boot", clones.tiny, 9, 3),
+    "debian": Benchmark("the same of debian:12, and warm starts", clones.debian, 5, 1),
+    "hundred": Benchmark("100 instant clones at once: time and memory", hundred.run, 3, 1),
+    "disks": Benchmark("linked clones and live snapshots, against QEMU by hand", disks.run, 9, 3),
+    "backups": Benchmark("full and incremental backups, against QEMU", backups.run, 3, 1),
     "transfer": Benchmark("export and import, against qemu-img", transfer.run, 5, 1),
 }
 

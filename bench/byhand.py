@@ -7,6 +7,8 @@ import contextlib
 import os
 import subprocess
 import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench.console import Listener
@@ -16,6 +18,15 @@ from undercroft.hypervisor.emulator import find_emulator
 from undercroft.hypervisor.launch import read_plan
 from undercroft.hypervisor.line import HandleKind
 from undercroft.hypervisor.plan import MachinePlan
+
+
+@dataclass(frozen=True)
+class Running:
+    """A QEMU, its sockets by name, and when it was executed (`time.perf_counter`)."""
+
+    process: subprocess.Popen[bytes]
+    sockets: Mapping[str, Listener]
+    began: float
 
 
 class ByHand:
@@ -48,32 +59,41 @@ class ByHand:
     def start(self, ready: bytes, cpu: list[float]) -> float:
         """Seconds from executing QEMU to the line on its console; what processor time QEMU had
         used by then is added to ``cpu``. It is gone again afterwards."""
+        with self.running("serial") as running:
+            took = running.sockets["serial"].wait_for(ready) - running.began
+            cpu.append(cpu_seconds(running.process.pid)[0])
+            return took
+
+    @contextlib.contextmanager
+    def running(self, *early: str, directory: Path | None = None) -> Iterator[Running]:
+        """QEMU, executed, for as long as the context lasts. We are the client of the ``early`` ones
+        of its sockets already; ``directory``: for these, if it is not the only one."""
+        place = directory or self._directory
         with contextlib.ExitStack() as stack:
             numbers: dict[str, int] = {}
-            console: Listener | None = None
+            listeners: dict[str, Listener] = {}
             for handle in self.line.handles:
                 if handle.kind is HandleKind.LISTEN:
-                    listener = stack.enter_context(Listener(self._directory / handle.name))
+                    listener = stack.enter_context(Listener(place / handle.name))
+                    listeners[handle.name] = listener
                     numbers[handle.name] = listener.socket.fileno()
-                    if handle.name == "serial":
-                        console = listener
+                    if handle.name in early:
                         listener.connect()
                 else:
-                    numbers[handle.name] = os.open(handle.path, os.O_RDONLY)
+                    access = os.O_RDWR if handle.kind is HandleKind.WRITE else os.O_RDONLY
+                    numbers[handle.name] = os.open(handle.path, access)
                     stack.callback(os.close, numbers[handle.name])
-            assert console is not None
             argv = self.line.with_descriptors(numbers)
             began = time.perf_counter()
             process = subprocess.Popen(
                 argv,
                 pass_fds=tuple(numbers.values()),
                 stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
             )
             try:
-                took = console.wait_for(ready) - began
-                cpu.append(cpu_seconds(process.pid)[0])
-                return took
+                yield Running(process, listeners, began)
             finally:
                 process.kill()
                 process.wait()

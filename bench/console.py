@@ -39,9 +39,14 @@ class Listener:
             TimeoutError: it has not within `LIMIT` seconds.
             EOFError: the console ended before.
         """
+        return read_until(self.connection, line)
+
+    @property
+    def connection(self) -> socket.socket:
+        """Ours: waits for the other end if that is to connect."""
         if self._connection is None:
             self._connection = self.socket.accept()[0]
-        return read_until(self._connection, line)
+        return self._connection
 
     def __enter__(self) -> Self:
         return self

@@ -61,8 +61,9 @@ class Installation:
         text = run(self.command("--json", *words), timeout=600.0)
         return json.loads(text) if text.strip() else None
 
-    def start_daemon(self, *wrapper: str) -> None:
+    def start_daemon(self, *wrapper: str, warm: str = "off") -> None:
         """Starts the daemon and waits until it answers; ``wrapper`` is put before its command.
+        ``warm``: what it keeps of templates and VMs that are held ready (``CROFT_WARM``).
 
         Raises:
             RuntimeError: it does not run; with the end of its log.
@@ -74,7 +75,7 @@ class Installation:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=clean_environment(),
+                env={**clean_environment(), "CROFT_WARM": warm},
                 start_new_session=True,
             )
         deadline = time.monotonic() + _START_LIMIT

@@ -139,9 +139,8 @@ def _ask(croft: Croft, source: str, body: dict[str, Any]) -> list[Any]:
 
 def _warn(croft: Croft, task: Any) -> None:
     """What of the identity of its source a clone still has."""
-    vm = croft.api.get(f"/v1/vms/{quote(str(dig(task, 'spec.object.id')))}")
-    if shares := dig(vm, "status.shares"):
+    if shares := dig(task, "status.result.shares"):
         croft.note(
-            f"{dig(vm, 'meta.name')} still shares with its source: {', '.join(shares)} "
+            f"{dig(task, 'spec.object.name')} still shares with its source: {', '.join(shares)} "
             "(its guest agent did not see to that)"
         )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 FINAL = ("succeeded", "failed", "cancelled")
 _SLICE = 0.2  # seconds between two looks at progress
 _LONG_SLICE = 1.0  # the same where no bars move
+_SEEN = 20  # tasks whose progress is looked at besides the first one's
 _PATIENCE = 0.4  # seconds before a bar appears: most tasks are done by then
 _GONE = 30.0  # seconds for which the daemon may be away while we wait
 
@@ -85,13 +86,12 @@ class _Watch:
             self._bars = None
 
     def _look(self, pending: list[Any]) -> None:
-        """Waits a moment for the first of them, then looks at the others."""
+        """Waits a moment for the first of them, then looks at others if their bars are seen: not
+        at all of many, which would keep the daemon from its work."""
         first, *others = (task["meta"]["id"] for task in pending)
         bars = self._croft.err.tty
         self._tasks[first] = self._get(first, {"wait": _SLICE if bars else _LONG_SLICE})
-        if not bars and dig(self._tasks[first], "status.state") not in FINAL:
-            return  # nobody sees the others' progress
-        for id in others:
+        for id in others[:_SEEN] if bars else ():
             self._tasks[id] = self._get(id, None)
 
     def _get(self, id: str, params: dict[str, object] | None) -> Any:

@@ -328,10 +328,10 @@ class VMActor:
         self._exit.add_done_callback(lambda _: self.wake())
         self._observer.watch(machine, quietly=quietly)
 
-    def look(self, *, later: bool = False) -> None:
-        """Has the guest agent of a machine that was taken quietly looked at from now on; ``later``:
-        when others that are forked just now are there."""
-        self._observer.look(later=later)
+    def look(self, *, after: float = 0.0) -> None:
+        """Has the guest agent of a machine that was taken quietly looked at from now on, or
+        ``after`` so many seconds, when others that are forked just then are there."""
+        self._observer.look(after=after)
 
     def guard(self) -> None:
         """Sees to the room for the machine's disks, after one has come."""

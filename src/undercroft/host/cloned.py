@@ -12,6 +12,7 @@ from undercroft.host.cloning import fork, go_on, load, make_clone
 from undercroft.host.identity import Steps, see_to_the_rest
 from undercroft.host.individuality import individual, make_individual
 from undercroft.host.layers import collect_layers, volume_status
+from undercroft.host.observer import STEADY_LOOK
 from undercroft.host.outcome import TaskRun, change_status, write
 from undercroft.host.planning import plan_ports
 from undercroft.host.templates import collect_templates, remove_template, wait_for
@@ -27,6 +28,7 @@ __all__ = ["can_boot_instead", "make"]
 
 log = structlog.get_logger(__name__)
 
+SOON = 1.0  # seconds
 SEED_ROOM = 256 << 10  # bytes for the cloud-init seed of a VM that is not known yet
 
 
@@ -110,13 +112,17 @@ async def make(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
         except (QmpError, TimeLimitError) as error:  # it goes on without
             message = error.message
         answers = await _answers(actor.machine, vm)
-        actor.look(later=True)
+        addresses = steps.facts.addresses if steps is not None and answers else ()
+        # All is known of it then: whatever a guest does first costs it much under emulation.
+        actor.look(after=STEADY_LOOK if addresses else SOON)
         if steps is not None:
-            actor.in_background(see_to_the_rest(actor.machine, steps.facts))
+            actor.in_background(see_to_the_rest(actor.machine, steps.facts, environment.no_forks))
         outcome.change = lambda record: change_status(
-            individual(record, shares), message=message, agent=answers
+            individual(record, shares), message=message, agent=answers, addresses=addresses
         )
         outcome.result["pid"] = actor.machine.instance.pid
+        if shares:
+            outcome.result["shares"] = list(shares)
     elif not instant and run.arguments.get("start") and vm.spec.power is Power.RUNNING:
         started = await power.start(actor, vm, run)
         outcome.change, outcome.result = started.change, started.result

@@ -15,6 +15,8 @@ from undercroft.storage.keys import Keys
 from undercroft.store.datadir import DataDirectory
 from undercroft.store.interface import Store
 
+_FORK_LOOK, _FORK_LOOKS = 1.0, 30  # seconds, and how often at most forks are waited for
+
 UID_BASE = 300_000
 """First of the user ids that QEMU processes run as when the daemon is root: an empty range beside
 those of system users, containers and subordinate ids (systemd's UIDS-GIDS)."""
@@ -64,6 +66,14 @@ class Environment:
     """Told of a template (id) that a VM went on from."""
     closing: bool = False
     _emulators: dict[str, Emulator] = field(default_factory=dict)
+
+    async def no_forks(self) -> None:
+        """Returns when no guests are being forked, which have more need of the processors than
+        what is done beside; or when that takes long."""
+        for _ in range(_FORK_LOOKS):
+            if not self.forks:
+                break
+            await asyncio.sleep(_FORK_LOOK)
 
     @property
     def data(self) -> Path:

@@ -21,7 +21,6 @@ log = structlog.get_logger(__name__)
 
 FIRST_LOOKS = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between looks while there is no address
 STEADY_LOOK = 30.0
-FORK_LOOK, FORK_LOOKS = 1.0, 30  # seconds, and how often at most others are waited for
 
 
 class Observer:
@@ -53,21 +52,18 @@ class Observer:
         if self._machine is not None and (self._guard is None or self._guard.done()):
             self._guard = self.spawn(self._room.guard(self._machine))
 
-    def look(self, *, later: bool = False) -> None:
-        """Begins to look at the guest agent; ``later``: not while guests are being forked, which
-        have more need of the processors."""
-        if later:
-            self.spawn(self._look_later())
+    def look(self, *, after: float = 0.0) -> None:
+        """Begins to look at the guest agent, ``after`` so many seconds: then not while guests are
+        being forked, which have more need of the processors."""
+        if after:
+            self.spawn(self._look_later(after))
             return
         self._quiet = False
         self._look_at_agent()
 
-    async def _look_later(self) -> None:
-        await asyncio.sleep(FORK_LOOK)
-        for _ in range(FORK_LOOKS):
-            if not self._environment.forks:
-                break
-            await asyncio.sleep(FORK_LOOK)
+    async def _look_later(self, after: float) -> None:
+        await asyncio.sleep(after)
+        await self._environment.no_forks()
         self.look()
 
     def close(self) -> None:

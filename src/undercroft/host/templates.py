@@ -118,6 +118,8 @@ async def _snapshot(
         return await taken(actor, vm, run)
     await run.progress(None, "preparing the guest")
     facts = await prepare(machine)
+    if facts is not None:
+        facts = msgspec.structs.replace(facts, addresses=vm.status.addresses)
     await in_thread(lambda _: write_facts(directory, facts))
     try:
         return await taken(actor, vm, run)

@@ -89,6 +89,7 @@ def launch(plan: MachinePlan, line: CommandLine, firmware: FirmwareFiles | None)
                     uid=plan.uid,
                     gid=plan.gid,
                     group=kvm_group(plan),
+                    frugal=plan.memory_file is not None and not plan.memory_shared,
                 )
                 kept.pop_all()
                 return Launch(process, ours, helpers, connections)

@@ -52,6 +52,7 @@ class ImageDefaults(Model, frozen=True, kw_only=True):
     machine: str = "q35"
     firmware: str = "bios"  # bios | uefi | kernel (direct boot of the image's own kernel)
     user: str | None = None  # account that cloud-init creates, or that exists
+    display: str | None = None  # none | std | virtio (None: what the machine has)
 
 
 class ImageContent(Model, frozen=True, kw_only=True):

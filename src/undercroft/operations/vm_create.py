@@ -277,6 +277,8 @@ def _spec(
     for wanted in request.cdroms:
         drives.append(new_drive(drives, wanted, machine, image.meta.id if image else None))
     display = request.display
+    if display is None and defaults is not None and defaults.display is not None:
+        display = Display(defaults.display)
     if display is None:
         display = Display.NONE if machine is Machine.MICROVM else Display.STD
         if machine is Machine.VIRT:

@@ -99,6 +99,7 @@ def test_instant_clones_of_a_running_vm(installation: Installation) -> None:
     installation.run("web1", disk=1 << 30)
     write(installation, "web1", "base")
     installation.shell("web1", "echo kept > /tmp/memory")
+    known = until(lambda: client.vms.get("web1").status.addresses, "web1 has an address")
     clone(installation, "web1", "a", "b", mode=CloneMode.INSTANT)
     # The source goes on, and what it does reaches nobody.
     installation.shell("web1", "echo changed > /tmp/memory")
@@ -106,6 +107,7 @@ def test_instant_clones_of_a_running_vm(installation: Installation) -> None:
     for name in ("a", "b"):
         vm = client.vms.get(name)
         assert vm.status.state == "running"
+        assert (vm.status.agent, vm.status.addresses) == (True, known)  # from the beginning
         assert installation.shell(name, "cat /tmp/memory") == "kept"
         assert read(installation, name) == "base"
         assert "MAC address" not in vm.status.shares

@@ -21,6 +21,23 @@ def run(tmp_path: Path, *argv: str) -> Process:
         )
 
 
+async def test_a_frugal_one_has_small_pages_and_one_heap(tmp_path: Path) -> None:
+    look = "grep THP_enabled /proc/self/status; echo $MALLOC_ARENA_MAX"
+    for frugal, told in ((True, "THP_enabled:\t0\n1\n"), (False, "THP_enabled:\t1\n\n")):
+        with (tmp_path / "output").open("wb") as output:
+            process = spawn(
+                ("sh", "-c", look),
+                pass_fds=(),
+                output=output.fileno(),
+                directory=tmp_path,
+                mark="/data/vms/x",
+                frugal=frugal,
+            )
+        assert await process.wait() == ExitStatus(code=0)
+        assert (tmp_path / "output").read_text() == told
+    assert "THP_enabled:\t1\n" in Path("/proc/self/status").read_text()
+
+
 @pytest.mark.parametrize(
     ("argv", "status"),
     [

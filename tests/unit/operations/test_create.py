@@ -145,6 +145,14 @@ async def test_a_kernel_image_boots_its_kernel_without_a_disk(world: World) -> N
         await create(world, name="b", image="tiny", machine=Machine.Q35, firmware=Firmware.BIOS)
 
 
+async def test_an_image_says_what_display_it_needs(world: World) -> None:
+    await world.image("bare", defaults=ImageDefaults(display="none"))
+    await create(world, name="a", image="bare")
+    assert (await world.vm("a")).spec.display is Display.NONE
+    await create(world, name="b", image="bare", display=Display.STD)
+    assert (await world.vm("b")).spec.display is Display.STD
+
+
 async def test_no_network_when_none_is_wanted(world: World) -> None:
     await world.image("debian:12", ssh=True)
     await create(world, name="a", image="debian:12", ports=())

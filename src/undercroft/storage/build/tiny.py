@@ -100,7 +100,10 @@ async def build_tiny(
         kernel_arguments=_KERNEL_ARGUMENTS,
         agent=True,
         ready_line=READY_LINE,
-        defaults=ImageDefaults(cpus=1, memory=128 * MiB, machine="q35", firmware="kernel"),
+        # All that it has to show comes over the serial port.
+        defaults=ImageDefaults(
+            cpus=1, memory=128 * MiB, machine="q35", firmware="kernel", display="none"
+        ),
     )
 
 

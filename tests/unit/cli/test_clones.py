@@ -1,0 +1,33 @@
+"""Clones: what is asked, waited for and told."""
+
+from typing import Any
+
+from tests.unit.cli.fake_api import task
+
+
+def _tasks(count: int) -> list[dict[str, Any]]:
+    return [task(f"task-{n}", "vm.create", f"web1-{n}", "running") for n in range(count)]
+
+
+def test_the_daemon_is_not_asked_more_often_the_more_clones_there_are(croft, api):
+    """Whoever waits for many asks for each once it is its turn, not for all at every turn."""
+    tasks = _tasks(30)
+    api.routes["POST", "/v1/vms/web1/clone"] = {"tasks": tasks}
+    for one in tasks:
+        name = one["spec"]["object"]["name"]
+        done = task(one["meta"]["id"], "vm.create", name, result={"pid": 1})
+        answers = iter([one, done])
+        api.routes["GET", f"/v1/tasks/{one['meta']['id']}"] = lambda call, a=answers: next(a)
+    done = croft("clone", "web1", "--instant", "--count", "30")
+    assert done.code == 0
+    assert len(done.out.splitlines()) == 30
+    assert len([call for call in api.calls if call.method == "GET"]) == 60
+
+
+def test_what_a_clone_still_shares_is_told_by_its_task(croft, api):
+    result = {"shares": ["hostname", "machine-id"]}
+    api.routes["POST", "/v1/vms/web1/clone"] = {
+        "tasks": [task("task-1", "vm.create", "web2", result=result)]
+    }
+    done = croft("clone", "web1", "web2", "--instant")
+    assert "web2 still shares with its source: hostname, machine-id" in done.err
