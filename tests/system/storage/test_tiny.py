@@ -53,8 +53,8 @@ async def test_console_shell_comes_back(guest: BareGuest):
     guest.type("exit\n")
     await guest.wait_for("BusyBox")
     await guest.wait_for("root@small-one")
-    # Job control: an interrupt reaches the program.
-    guest.type("echo begin; sleep 1000\n")
+    # Job control: an interrupt reaches the program, which is in the foreground when it speaks.
+    guest.type("sh -c 'echo begin; exec sleep 1000'\n")
     await guest.wait_for("begin\r\n")
     guest.type("\x03")
     await guest.wait_for("root@small-one")
