@@ -48,10 +48,15 @@ class VolumeOperations(DiskOperations):
         return await find(self._context.store, Volume, ref)
 
     async def list(self, caller: Caller) -> Listing[Volume]:
-        """All volumes."""
+        """All volumes but those of VMs that come and go by themselves (warm ones, held ones)."""
         caller.require("volume.view")
         await self._context.services.measure()
-        return await self._context.store.list(Volume)
+        store = self._context.store
+        vms = (await store.list(VM)).items
+        passing = {item.record.meta.id for item in vms if item.record.spec.passing}
+        listing = await store.list(Volume)
+        items = [item for item in listing.items if item.record.spec.vm not in passing]
+        return Listing(items, listing.revision)
 
     async def tree(self, caller: Caller) -> LayerTree:
         """All layers, and who needs them."""

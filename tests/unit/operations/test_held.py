@@ -52,6 +52,8 @@ async def test_it_is_nobodys(world: World, template: Template) -> None:
     assert vm.spec.ports[0].forwards == ()
     listed = [item.record.meta.id for item in (await world.operations.vms.list(SYSTEM)).items]
     assert vm.meta.id not in listed
+    volumes = [item.record.spec.vm for item in (await world.operations.volumes.list(SYSTEM)).items]
+    assert vm.meta.id not in volumes
     tasks = [item.record.meta.id for item in (await world.operations.tasks.list(SYSTEM)).items]
     assert vm.tasks[0] not in tasks
 
