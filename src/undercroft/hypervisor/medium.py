@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from undercroft.hypervisor.blockgraph import block_nodes, drop_nodes, handed_over, layer_nodes
 from undercroft.hypervisor.plan import DiskFormat, DiskLayer, PlanCdrom
 from undercroft.hypervisor.qmp import Monitor
+from undercroft.model.disc import DISC_AT, DISC_SIZE, is_disc
 from undercroft.model.errors import (
     InUseError,
     InvalidError,
@@ -28,9 +29,6 @@ __all__ = ["TRAY_TIMEOUT", "change_medium", "check_medium", "open_medium"]
 
 TRAY_TIMEOUT = 5.0  # seconds that a guest gets to unlock a drive that it is asked to open
 _POLL = 0.1
-# ECMA-119 (ISO 9660), 8.1, and ECMA-167 (UDF), 2/9.1: what a disc is it says in sector 16, where
-# the identifier follows the type of the descriptor.
-_IDENTIFIERS, _PLACE = (b"CD001", b"BEA01"), 16 * 2048 + 1
 
 
 def open_medium(path: str) -> int:
@@ -72,7 +70,7 @@ def check_medium(path: str) -> None:
 
 def _is_disc(descriptor: int, path: str) -> bool:
     try:
-        return os.pread(descriptor, 5, _PLACE) in _IDENTIFIERS
+        return is_disc(os.pread(descriptor, DISC_SIZE, DISC_AT))
     except OSError as error:
         raise InvalidError(f"{path} cannot be read: {error.strerror}", object=path) from error
 

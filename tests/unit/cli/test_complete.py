@@ -74,6 +74,9 @@ def test_tasks(tab, api):
 
 def test_files(tab, vms):
     assert ":files" in tab("image", "import", "")
+    assert tab("cdrom", "insert", "web1", "") == [":files"]
+    assert tab("cdrom", "insert", "w") == ["web1", "web2"]
+    assert tab("run", "--cdrom", "") == [":files"]
     assert set(tab("cp", "")) == {":files", "web1:/"}
 
 

@@ -57,6 +57,9 @@ def test_raw_is_never_guessed():
     assert "--format raw" in (caught.value.action or "")
     with pytest.raises(InvalidError, match="gzip"):
         guess(b"\x1f\x8b" + bytes(600))
+    with pytest.raises(InvalidError, match="of a disc") as caught:
+        guess(bytes(16 * 2048) + b"\x01CD001" + bytes(2048))
+    assert "--cdrom" in (caught.value.action or "")
 
 
 def test_raw_is_whole_sectors():

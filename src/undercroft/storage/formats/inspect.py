@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import struct
 
+from undercroft.model.disc import DISC_AT, DISC_SIZE, is_disc
 from undercroft.model.errors import InvalidError
 from undercroft.model.image import DiskFormat
 from undercroft.storage.formats import microsoft, qcow2, vdi, vmdk
@@ -35,7 +36,7 @@ def recognise(fd: int, start: int = 0) -> DiskFormat:
     (CVE-2008-2004 and many since are about guessing here).
 
     Raises:
-        InvalidError: no magic number is known, or it is a compressed file.
+        InvalidError: no magic number is known, or it is a compressed file or a disc.
     """
     head = os.pread(fd, 512, start)
     if qcow2.is_qcow2(head):
@@ -53,6 +54,11 @@ def recognise(fd: int, start: int = 0) -> DiskFormat:
             raise InvalidError(
                 f"the image is compressed ({name})", action=f"unpack it first (it is a {name} file)"
             )
+    if is_disc(os.pread(fd, DISC_SIZE, start + DISC_AT)):
+        raise InvalidError(
+            "the image is one of a disc (CD, DVD), not of a disk",
+            action="put it into a drive: croft run --disk 20G --cdrom FILE, croft cdrom insert",
+        )
     raise InvalidError(
         "the format of the image cannot be told from its content",
         action="state it: --format raw if it is the bare content of a disk",
