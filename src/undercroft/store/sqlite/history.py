@@ -110,10 +110,11 @@ class SQLiteWatch:
 
     def notice(self, kinds: set[str], revision: int) -> None:
         """Transactions up to ``revision`` changed records of these kinds, while it waited."""
-        if self._kinds.isdisjoint(kinds):
-            self._seen = max(self._seen, revision)
-        else:
+        if not self._kinds.isdisjoint(kinds):
             self.wake()
+        elif self._wakeup is not None and not self._wakeup.done():
+            # Else it was woken, but has not looked yet at what came before.
+            self._seen = max(self._seen, revision)
 
     def wake(self) -> None:
         """Has the reader look again."""
