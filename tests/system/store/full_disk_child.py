@@ -21,7 +21,7 @@ from undercroft.store.interface import Claim, Delete, Put, Release, Transaction
 from undercroft.store.sqlite import SQLiteStore
 from undercroft.store.sqlite.migrations import MIGRATIONS
 
-SIZE = 16 << 20
+SIZE = 24 << 20
 
 
 def mount(directory: Path) -> None:
@@ -120,6 +120,20 @@ async def full_while_writing(directory: Path) -> None:
     await store.close()
 
 
+async def full_at_any_place_of_the_log(directory: Path) -> None:
+    """Small things go on for a while wherever the log is when the disk becomes full."""
+    store = await SQLiteStore.open(directory / "store.db")
+    for number in range(24):
+        filler = fill(directory)
+        for _ in range(25):
+            await store.transact(Transaction(puts=[Put(event("x" * 1000))]))
+        filler.unlink()
+        await store.transact(Transaction(puts=[Put(event("x"))]))
+        for _ in range(number):
+            await store.transact(Transaction(puts=[Put(event("x" * 100))]))
+    await store.close()
+
+
 async def filled_while_closed(directory: Path) -> None:
     path = directory / "store.db"
     store = await SQLiteStore.open(path)
@@ -140,7 +154,7 @@ async def no_room_for_a_backup(directory: Path) -> None:
     store = await SQLiteStore.open(path)
     one = vm()
     await store.transact(Transaction(puts=[Put(one)]))
-    for _ in range(30):  # 6 MB with the history: more than is held in reserve
+    for _ in range(40):  # 8 MB with the history: more than is held in reserve
         await store.transact(Transaction(puts=[Put(event("x" * 100_000))]))
     await store.close()
     filler = fill(directory)
@@ -163,6 +177,7 @@ def main(directory: Path) -> None:
     for what in (
         no_room_to_create,
         full_while_writing,
+        full_at_any_place_of_the_log,
         filled_while_closed,
         no_room_for_a_backup,
     ):

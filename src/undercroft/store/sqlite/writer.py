@@ -15,9 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from undercroft.model.errors import UnavailableError, UndercroftError
+from undercroft.model.errors import NoSpaceError, UnavailableError, UndercroftError
 from undercroft.store.interface import Change, Changes
 from undercroft.store.sqlite.failures import from_sqlite, unsure_on_disk
+from undercroft.store.sqlite.reserve import Reserve
 from undercroft.store.sqlite.statements import Work, compact
 
 MOST_AT_ONCE = 256  # bounds how long the first of a crowd waits
@@ -96,6 +97,8 @@ class Writer:
         self._broken: UndercroftError | None = None
         self._excess = False  # more history than is to be kept
         self._freed = False  # there may be pages to give back
+        self._reserve = Reserve(path)
+        self._spent = False  # what was kept for a full disk
         # A daemon thread: a program that forgets to close the store can end all the same.
         self._thread = threading.Thread(target=self._run, name="store", daemon=True)
         self._thread.start()
@@ -151,6 +154,8 @@ class Writer:
             return self._commit(jobs)
         except sqlite3.Error as error:
             failure = self._undo(error)
+            if isinstance(failure, NoSpaceError) and self._begin_anew():
+                return self._carry_out(jobs)
             if len(jobs) > 1 and self._broken is None:
                 # The disk may be too full for all of them, but not for each.
                 singles = [self._carry_out([job]) for job in jobs]
@@ -159,6 +164,18 @@ class Writer:
                     max(single.compacted for single in singles),
                 )
             return Batch([Outcome(job, error=failure) for job in jobs])
+
+    def _begin_anew(self) -> bool:
+        """On a full disk: has the log begin anew, whose space is taken, with what was kept for the
+        database to grow by; whether there was something."""
+        if self._broken is not None or not self._reserve.make_way():
+            return False
+        self._spent = True
+        try:
+            self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        except sqlite3.Error as error:
+            self._undo(error)
+        return self._broken is None
 
     def _commit(self, jobs: list[Job]) -> Batch:
         """One commit for all jobs.
@@ -186,6 +203,8 @@ class Writer:
             (revision, before),
         ).fetchall()
         db.execute("COMMIT")
+        if self._spent:
+            self._spent = not self._reserve.take_growth()
         keep, size = self._retention.revisions, self._retention.size
         # Somewhat late, so that it is worth it.
         self._excess = revision - batch.compacted > keep + keep // 10 or logged > size + size // 10
