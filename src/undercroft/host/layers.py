@@ -14,7 +14,7 @@ from undercroft.host.datastores import driver, file_name, layer_file
 from undercroft.host.environment import Environment
 from undercroft.hypervisor.plan import DiskFormat, DiskLayer
 from undercroft.model.base import Meta
-from undercroft.model.errors import DataError, StaleError, UnavailableError
+from undercroft.model.errors import DataError, StaleError, UnavailableError, WrongStateError
 from undercroft.model.image import Image
 from undercroft.model.layer import Layer, LayerFormat, LayerSpec, LayerState
 from undercroft.model.names import new_id
@@ -57,6 +57,10 @@ def new_layer(
             encrypted=encrypted,
         ),
     )
+
+
+MAX_LAYERS = 128
+"""Of which a disk may consist: QEMU describes each with all beneath it."""
 
 
 async def get_layer(environment: Environment, id: str) -> Layer:
@@ -211,11 +215,18 @@ async def make_layer(
 
     Raises:
         NoSpaceError: the disk is full. ProgramError: qemu-img failed.
-        UnavailableError: its datastore is not there.
+        UnavailableError: its datastore is not there. WrongStateError: it lies on too many others.
     """
     layer = await get_layer(environment, id)
     path = await layer_file(environment, layer)
     if not path.exists():
+        if len(await chain(environment, id)) > MAX_LAYERS:
+            raise WrongStateError(
+                f"the disk would consist of more than {MAX_LAYERS} layers",
+                object=layer.label,
+                action="remove snapshots, templates or clones that are not needed, or have the "
+                "disk need nothing of others: croft volume flatten",
+            )
         base: tuple[Path, str] | None = None
         if layer.spec.parent is not None:
             parent = await get_layer(environment, layer.spec.parent)

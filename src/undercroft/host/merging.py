@@ -114,11 +114,9 @@ async def _mergeable(
 async def opened(
     environment: Environment, vm: VM, layers: Sequence[DiskLayer]
 ) -> AsyncIterator[Monitor]:
-    directory = environment.run_directory(vm.meta.id)
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     mark = environment.vm_directory(vm.meta.id)
     emulator = await environment.emulator(vm.spec.arch)
-    async with offline(layers, emulator, directory, mark, vm.status.uid) as monitor:
+    async with offline(layers, emulator, mark, vm.status.uid) as monitor:
         yield monitor
 
 

@@ -49,7 +49,7 @@ async def exported(
     Raises:
         QmpError, TimeLimitError, OSError: it does not start, or cannot open the disk.
     """
-    async with offline(layers, emulator, directory, mark, uid, write=write) as monitor:
+    async with offline(layers, emulator, mark, uid, write=write) as monitor:
         why: str | None = "nobody asked"
         if since is not None:
             name, count = since

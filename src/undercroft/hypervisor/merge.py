@@ -11,11 +11,11 @@ import contextlib
 import os
 import re
 import signal
+import socket
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from undercroft.hypervisor import sockets
 from undercroft.hypervisor.bitmaps import copy_up
 from undercroft.hypervisor.blockgraph import block_nodes, hand_over, layer_nodes
 from undercroft.hypervisor.commandline import SANDBOX
@@ -74,7 +74,9 @@ async def absorb(
         await copy_up(monitor, upper.node, lower.node, fresh)
         arguments = {"job-id": job, "device": upper.node, "auto-dismiss": False}
         if below is not None:
-            arguments["base-node"] = below
+            # What the header is to say, which nobody follows. QEMU's own choice describes all of
+            # the chain, and does not fit there any more when that is long.
+            arguments |= {"base-node": below, "backing-file": below}
     try:
         if arguments:
             await monitor.execute("block-stream", arguments)
@@ -194,7 +196,6 @@ async def drop_node(monitor: Monitor, node: str) -> None:
 async def offline(
     layers: Sequence[DiskLayer],
     emulator: Emulator,
-    directory: Path,
     mark: Path,
     uid: int | None,
     *,
@@ -203,20 +204,22 @@ async def offline(
     """The chain of a disk that no guest uses, opened by a QEMU without a machine, which ends with
     the block. (``qemu-storage-daemon`` takes no descriptors.)
 
-    ``directory``: where its socket goes; ``mark``: the directory of the VM that it counts as a
+    ``mark``: the directory of the VM that it counts as a
     process of; ``uid``: whom it runs as; ``write``: the top layer is opened for writing.
 
     Raises:
         QmpError, TimeLimitError, OSError: it does not start, or cannot open them.
     """
-    path = directory / "merge.sock"
-    listener = await asyncio.to_thread(sockets.listen, path)
+    # Connected from the beginning: a QEMU without a machine is ready so soon that two of its
+    # threads would accept a connection at the same time, and share what comes through it.
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
     process: Process | None = None
     monitor = Monitor(f"the disk of {mark.name}", lambda event: None, lambda: None)
     try:
-        process = await asyncio.to_thread(_spawn, emulator, listener.fileno(), mark, uid)
-        connection = await asyncio.to_thread(sockets.connect, path)
-        await monitor.connect(connection, timeout=_START_TIMEOUT)
+        process = await asyncio.to_thread(_spawn, emulator, theirs.fileno(), mark, uid)
+        theirs.close()
+        await monitor.connect(ours, timeout=_START_TIMEOUT)
         below: str | None = None
         for layer in reversed(layers):
             number = await hand_over(monitor, layer.path, os.O_RDONLY)
@@ -229,22 +232,23 @@ async def offline(
             below = layer.node
         yield monitor
     finally:
-        listener.close()
+        theirs.close()
         await monitor.close()
+        ours.close()
         if process is not None:
             await asyncio.shield(_end(process))
-        path.unlink(missing_ok=True)
 
 
-def _spawn(emulator: Emulator, listener: int, mark: Path, uid: int | None) -> Process:
+def _spawn(emulator: Emulator, connection: int, mark: Path, uid: int | None) -> Process:
     argv = [emulator.path, "-machine", "none", "-nodefaults", "-no-user-config"]
-    argv += ["-display", "none", "-sandbox", SANDBOX]
-    argv += ["-chardev", f"socket,id=qmp,fd={listener},server=on,wait=off"]
+    # Stopped: else it tells that it runs, perhaps before its greeting.
+    argv += ["-S", "-display", "none", "-sandbox", SANDBOX]
+    argv += ["-chardev", f"socket,id=qmp,fd={connection}"]
     argv += ["-mon", "chardev=qmp,mode=control"]
     with open(os.devnull, "wb") as output:
         return spawn(
             argv,
-            pass_fds=(listener,),
+            pass_fds=(connection,),
             output=output.fileno(),
             directory=Path("/"),
             mark=str(mark),

@@ -37,8 +37,9 @@ class _Client(QMPClient):
     empties): a guest that makes QEMU emit events would fill our memory.
     """
 
-    # Commands of ours have short answers; QEMU may be in the hands of its guest.
-    _readbuflen = 1 << 20
+    # Bounded, as QEMU may be in the hands of its guest. What it says of a disk grows with the
+    # square of the number of its layers, each of which is described with all beneath it.
+    _readbuflen = 64 << 20
 
     def __init__(
         self, on_event: Callable[[MonitorEvent], None], on_close: Callable[[], None]

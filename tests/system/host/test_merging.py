@@ -113,6 +113,20 @@ def test_what_costs_less_is_copied(daemon: Incarnation) -> None:
     assert daemon.ask("findings") == []
 
 
+def test_a_long_chain(daemon: Incarnation) -> None:
+    """QEMU is understood when it tells of many layers, and puts them together again."""
+    create(daemon)
+    count = 36
+    for number in range(count):
+        daemon.ask("write", "a", [f"write -P {number + 1} {number * 128}k 4k", "flush"])
+        take(daemon, f"s{number}")
+    for number in (30, 2, count - 1):
+        daemon.ask("do", "snapshots.remove", "a", f"s{number}")
+    assert daemon.ask("depth", "a") == count + 1 - 3
+    places = [number * 128 << 10 for number in range(count)]
+    assert daemon.ask("read", "head", "a", places, 4096) == list(range(1, count + 1))
+
+
 @pytest.mark.parametrize("steps", STEPS)
 def test_a_daemon_dies_over_a_merge_and_then_qemu_does(data: Path, steps: int) -> None:
     """What the guest wrote and flushed while there was no daemon is there after all that."""
