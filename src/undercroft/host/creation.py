@@ -84,6 +84,13 @@ async def create(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
     return outcome
 
 
+async def undo(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
+    """Removes what a creation needed besides the VM, which stays: only its start failed."""
+    await collect_templates(actor.environment)
+    await forget_upload(actor.environment, run)
+    return Outcome(lambda record: record)
+
+
 async def _choose_uid(environment: Environment, vm: VM) -> int | None:
     """The user id that this VM's QEMU runs as: its own, so that no guest that breaks out of its
     QEMU can reach another's. None where the daemon itself is unprivileged."""

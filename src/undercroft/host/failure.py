@@ -88,6 +88,7 @@ async def _undo_creation(actor: VMActor, run: TaskRun, error: UndercroftError | 
             change=lambda v: _settled(actor, v, error),
             event=("vm.start.failed", f"{vm.label} was created but not started: {why}", level),
         )
+        await actor.verbs["vm.create.undo"](actor, vm, run)
         return
     removal = await actor.verbs["vm.remove"](actor, vm, run)
     await finish(

@@ -18,12 +18,18 @@ from undercroft.host.environment import Environment
 from undercroft.host.identity import leave, prepare, write_facts
 from undercroft.host.layers import collect_layers, get_layer
 from undercroft.host.outcome import TaskRun, change_status
-from undercroft.host.snapshot_files import copy_besides
+from undercroft.host.snapshot_files import copy_besides, memory_size
 from undercroft.host.snapshots import forget, taken
 from undercroft.host.snapshots import undo as undo_snapshot
 from undercroft.hypervisor.fork import freeze, frozen, frozen_size
 from undercroft.hypervisor.machine import RunState
-from undercroft.model.errors import DataError, UnsupportedError
+from undercroft.model.errors import (
+    DataError,
+    QmpError,
+    UndercroftError,
+    UnsupportedError,
+    error_from_problem,
+)
 from undercroft.model.snapshot import Snapshot
 from undercroft.model.task import Task
 from undercroft.model.template import Template, TemplateDisk, TemplateState, TemplateStatus
@@ -37,6 +43,7 @@ from undercroft.store.interface import Delete, Put, Release, Transaction
 log = structlog.get_logger(__name__)
 
 PATIENCE = 2.0  # seconds after which somebody who waits for a template looks by themselves
+SOON = 0.05  # the same where it is gone, and only why is not known yet
 
 
 async def create(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
@@ -61,7 +68,9 @@ async def create(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
         return change_status(record, state=actor.present_state(record))
 
     if template.spec.passing:
-        return Outcome(change, result={"template": id})
+        # Whoever waited for it may have been quicker than what comes after this.
+        after = partial(collect_templates, environment)
+        return Outcome(change, result={"template": id}, after=after)
     return Outcome(
         change,
         event="template.created",
@@ -87,6 +96,8 @@ async def _made(actor: VMActor, vm: VM, run: TaskRun, template: Template) -> Tem
     source = environment.snapshot_directory(snapshot)
     await in_thread(lambda _: copy_besides(source, directory))
     if template.spec.memory and not frozen(directory / "memory"):
+        if not await asyncio.to_thread(memory_size, source):
+            raise QmpError("the VM ended before its memory was saved", object=vm.label)
         await run.progress(None, "sharing the memory")
         await freeze(
             source / "memory",
@@ -152,37 +163,36 @@ async def wait_for(environment: Environment, id: str, task: str | None) -> Templ
     """The template, once it is ready; ``task`` is that which makes it, if any does.
 
     Raises:
-        DataError: it is gone, or will never be there.
+        UndercroftError: it is gone, or will never be there: why its task failed.
     """
     while True:
         found = await environment.store.get(Template, id)
-        if found is None:
-            await _raise_reason(environment, id, task)
-        elif found.record.status.state is TemplateState.READY:
+        if found is not None and found.record.status.state is TemplateState.READY:
             return found.record
-        elif task is not None:
-            making = await environment.store.get(Task, task)
-            if making is None or making.record.status.state.final:
-                await _raise_reason(environment, id, task)
+        # A template that is given up goes before the task that was to make it says why.
+        making = await environment.store.get(Task, task) if task is not None else None
+        over = making is None or making.record.status.state.final
+        if over and (found is None or task is not None):
+            raise _reason(id, making.record if making is not None else None)
+        pause = SOON if found is None else PATIENCE
         try:
-            async with asyncio.timeout(PATIENCE), environment.templates:
+            async with asyncio.timeout(pause), environment.templates:
                 await environment.templates.wait()
         except TimeoutError:
             pass
 
 
-async def _raise_reason(environment: Environment, id: str, task: str | None) -> None:
-    making = await environment.store.get(Task, task) if task is not None else None
-    problem = making.record.status.error if making is not None else None
-    if problem is not None:
-        raise DataError(problem.detail, object=problem.object, action=problem.action)
-    if making is not None:
-        source = making.record.spec.object
-        raise DataError(
-            f"{source.kind} {source.name} was not frozen: that was cancelled",
-            object=f"{source.kind} {source.name}",
-        )
-    raise DataError(f"template {id} is gone", object=f"template {id}")
+def _reason(id: str, making: Task | None) -> UndercroftError:
+    """Why a template is not there, and will not be."""
+    if making is None:
+        return DataError(f"template {id} is gone", object=f"template {id}")
+    if making.status.error is not None:
+        return error_from_problem(making.status.error)
+    source = making.spec.object
+    return DataError(
+        f"{source.kind} {source.name} was not frozen: that was cancelled",
+        object=f"{source.kind} {source.name}",
+    )
 
 
 async def notify(environment: Environment) -> None:

@@ -18,6 +18,7 @@ from undercroft.host.actor import Verb
 
 VM_VERBS: dict[str, Verb] = {
     "vm.create": creation.create,
+    "vm.create.undo": creation.undo,
     "vm.remove": creation.remove,
     "vm.start": power.start,
     "vm.stop": power.stop,

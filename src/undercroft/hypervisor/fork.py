@@ -20,11 +20,13 @@ import msgspec
 from undercroft.hypervisor.emulator import Emulator
 from undercroft.hypervisor.machine import QemuMachine
 from undercroft.hypervisor.plan import DiskFormat, MachinePlan, PlanDisk, PlanPort
-from undercroft.hypervisor.suspend import link_state, suspended_plan
+from undercroft.hypervisor.suspend import full_message, is_full, link_state, suspended_plan
+from undercroft.model.errors import NoSpaceError, QemuStartError, QmpError
 
-__all__ = ["fork_plan", "freeze", "frozen", "frozen_size", "without_forwards"]
+__all__ = ["WORK", "fork_plan", "freeze", "frozen", "frozen_size", "without_forwards"]
 
 _MEMORY, _DEVICES = "ram", "devices"
+WORK = "work"
 _SEED_SIZE = 1 << 20
 
 
@@ -56,10 +58,29 @@ async def freeze(
     ``durable``: it is to survive the host's crash.
 
     Raises:
+        NoSpaceError: the disk is full.
         QemuStartError, QmpError, TimeLimitError, OSError: it did not work.
     """
     plan = suspended_plan(state)
-    work = directory / "work"
+    try:
+        await _freeze(plan, state, directory, emulator, disks, uid)
+    except (QemuStartError, QmpError) as error:
+        # A QEMU that finds no room for memory in a file is killed by the kernel (SIGBUS).
+        if not await asyncio.to_thread(is_full, directory):
+            raise
+        raise NoSpaceError(full_message(f"vm {plan.name}", directory)) from error
+    await asyncio.to_thread(_finish, directory, durable)
+
+
+async def _freeze(
+    plan: MachinePlan,
+    state: Path,
+    directory: Path,
+    emulator: Emulator,
+    disks: Sequence[int],
+    uid: int | None,
+) -> None:
+    work = directory / WORK
     await asyncio.to_thread(_prepare, directory, work, plan.memory, disks, uid)
     machine = await QemuMachine.start(
         msgspec.structs.replace(
@@ -84,7 +105,6 @@ async def freeze(
         await machine.save_devices(work / _DEVICES)
     finally:
         await asyncio.shield(machine.kill())
-    await asyncio.to_thread(_finish, directory, work, durable)
 
 
 def _stand_in(disk: PlanDisk, work: Path, index: int) -> PlanDisk:
@@ -110,8 +130,9 @@ def _prepare(
                 os.fchown(file.fileno(), uid, uid)
 
 
-def _finish(directory: Path, work: Path, durable: bool) -> None:
+def _finish(directory: Path, durable: bool) -> None:
     """Makes the memory readable for whoever is handed it, and for nobody to write."""
+    work = directory / WORK
     memory = directory / _MEMORY
     descriptor = os.open(memory, os.O_RDONLY | os.O_CLOEXEC)
     try:

@@ -63,6 +63,8 @@ def take_hold(instance: Instance | None, run: Path) -> Hold | None:
 def start_error(plan: MachinePlan, error: BaseException, report: ExitReport) -> Exception:
     """Why a start failed: QEMU's own words if it had any."""
     reason = report.message or (error.message if isinstance(error, UndercroftError) else str(error))
+    if not reason:
+        reason = f"signal {report.signal} ended it" if report.signal else "it ended"
     return QemuStartError(
         f"QEMU of vm {plan.name} did not start: {reason}",
         object=f"vm {plan.name}",

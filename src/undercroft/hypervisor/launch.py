@@ -7,6 +7,7 @@ nothing is left.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import signal
@@ -24,7 +25,7 @@ from undercroft.hypervisor.plan import MachinePlan, decode_plan, encode_plan
 from undercroft.hypervisor.process import Process, spawn
 from undercroft.hypervisor.secret import open_secret
 from undercroft.hypervisor.tpm import start_tpm
-from undercroft.model.errors import QemuStartError
+from undercroft.model.errors import NoSpaceError, QemuStartError
 
 __all__ = ["Launch", "clean_run_directory", "launch", "open_output", "read_plan", "write_plan"]
 
@@ -49,7 +50,8 @@ def launch(plan: MachinePlan, line: CommandLine, firmware: FirmwareFiles | None)
     """Starts QEMU.
 
     Raises:
-        QemuStartError: a file is missing, or QEMU cannot be executed.
+        QemuStartError: a file is missing, or QEMU cannot be executed. NoSpaceError: the disk is
+            full.
     """
     run = Path(plan.run_directory)
     try:
@@ -95,6 +97,12 @@ def launch(plan: MachinePlan, line: CommandLine, firmware: FirmwareFiles | None)
                 return Launch(process, ours, helpers, connections)
     except OSError as error:
         clean_run_directory(run)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpaceError(
+                f"vm {plan.name} cannot be started: the disk that holds {run} is full",
+                object=f"vm {plan.name}",
+                action="make room (croft image rm, croft rm), then start it again",
+            ) from error
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         raise QemuStartError(
             f"vm {plan.name} cannot be started: {what}", object=f"vm {plan.name}"

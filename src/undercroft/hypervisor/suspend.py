@@ -20,6 +20,8 @@ from undercroft.model.errors import DataCorruptError, NoSpaceError, QmpError
 
 __all__ = [
     "discard_state",
+    "full_message",
+    "is_full",
     "link_state",
     "load_state",
     "save_devices",
@@ -30,8 +32,10 @@ __all__ = [
 
 _POLL = 0.02
 _STREAM = "state"
+_SET = "file:/dev/fdset/"
 _FILE_URI = (8, 2, 0)  # QEMU that knows ``file:``; for newer ones ``fd:`` to a file is deprecated
 _UNDER_WAY = ("setup", "active", "pre-switchover", "device", "cancelling", "wait-unplug")
+_NOTHING = 256 << 10  # bytes: with no more than that free, the disk is full
 _UNLIMITED = 1 << 40  # bytes per second; QEMU's own default is 128 MiB
 
 
@@ -190,21 +194,43 @@ async def _migrate_to(
         os.close(descriptor)
     await _memory_apart(monitor, apart)
     await monitor.execute("migrate", {"uri": uri})
+    await _let_go(monitor, uri)
     try:
         await _follow(monitor, "written", progress)
-    except BaseException:
+    except BaseException as error:
         # Also when we are cancelled: nobody must find QEMU still writing.
         with contextlib.suppress(Exception):
             await asyncio.shield(_cancel(monitor))
+        if isinstance(error, QmpError) and await asyncio.to_thread(is_full, part.parent):
+            # QEMU calls a short write anything.
+            raise NoSpaceError(full_message(monitor.name, part.parent)) from error
         raise
+
+
+def full_message(name: str, directory: Path) -> str:
+    """That the state of a VM finds no room."""
+    return f"the state of {name} cannot be written: the disk that holds {directory} is full"
+
+
+def is_full(directory: Path) -> bool:
+    """Whether nothing can be written on the disk that a directory is on. Blocks."""
+    usage = os.statvfs(directory)
+    return usage.f_bavail * usage.f_frsize < _NOTHING
 
 
 async def _hand_over(monitor: Monitor, descriptor: int) -> str:
     """Gives QEMU the file; under which address it migrates to or from there."""
     if monitor.version >= _FILE_URI:
-        return f"file:/dev/fdset/{await monitor.add_to_set(descriptor)}"
+        return f"{_SET}{await monitor.add_to_set(descriptor)}"
     await monitor.give(descriptor, _STREAM)
     return f"fd:{_STREAM}"
+
+
+async def _let_go(monitor: Monitor, uri: str) -> None:
+    """Has QEMU, which has opened the file by now, keep nothing of it beyond the migration: removed,
+    it would take its room on the disk as long as that QEMU lives."""
+    if uri.startswith(_SET):
+        await monitor.remove_set(int(uri.removeprefix(_SET)))
 
 
 async def _cancel(monitor: Monitor) -> None:
@@ -263,4 +289,5 @@ async def load_state(monitor: Monitor, path: Path, *, apart: bool = False) -> No
         os.close(descriptor)
     await _memory_apart(monitor, apart)
     await monitor.execute("migrate-incoming", {"uri": uri})
+    await _let_go(monitor, uri)
     await _follow(monitor, "read", None)

@@ -136,6 +136,8 @@ async def convert_out(
         if not work.done():
             work.cancel()
             await asyncio.wait({work})
+        elif not work.cancelled():
+            work.exception()  # seen: the full disk was noticed first
 
 
 def _check_layers(layers: Sequence[ChainLayer]) -> None:

@@ -52,7 +52,7 @@ def disk_full_is_clear(what: str, directory: Path) -> Iterator[None]:
 def no_space(what: str, directory: Path, needed: int | None = None) -> NoSpaceError:
     """The error for a disk that is full, or too full for ``needed`` bytes."""
     free = free_space(directory)
-    wanted = f" needs {format_size(needed)}, and" if needed is not None else " filled the disk:"
+    wanted = f" needs {format_size(needed)}, and" if needed else " finds the disk full:"
     return NoSpaceError(
         f"{what}{wanted} only {format_size(free)} are free in {directory}",
         object=str(directory),

@@ -1,5 +1,5 @@
-"""A daemon without its API in a process of its own, which dies as if by kill -9 at the step it is
-told to: before it opens or renames a file, or between any two things that it awaits."""
+"""A daemon without its API in a process of its own, to which something happens at the step that it
+is told (see `fuse`)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import json
 import multiprocessing
 import os
 import re
-import sys
 from collections.abc import Callable, Coroutine
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from tests.system.host.fuse import KILLED, Fuse, Victim
+from undercroft.host import orphans
 from undercroft.host.agent import HostAgent
 from undercroft.host.environment import Environment
 from undercroft.host.layers import chain, plan_layers
@@ -36,51 +37,9 @@ from undercroft.storage.process import run
 from undercroft.store.datadir import DataDirectory
 from undercroft.store.sqlite import SQLiteStore
 
-KILLED = 137
 _DUMPED = re.compile(r"[0-9a-f]{8}:  ((?:[0-9a-f]{2} ){16})")
 _DRIVE = re.compile(r"\bcd(\d)-dev\b")
 LEASH = 60.0  # seconds that anything may take
-
-_STEPS = (
-    "open",
-    "os.chmod",
-    "os.chown",
-    "os.link",
-    "os.mkdir",
-    "os.remove",
-    "os.rename",
-    "os.rmdir",
-    "os.truncate",
-    "shutil.copytree",
-    "shutil.rmtree",
-    "socket.connect",
-    "subprocess.Popen",
-)
-
-
-class Fuse:
-    """Ends the process once so many steps were taken."""
-
-    def __init__(self) -> None:
-        self.left = 0
-        sys.addaudithook(self._on_audit)
-        run_handle = asyncio.Handle._run
-
-        def counted(handle: Any) -> None:
-            self._count()
-            run_handle(handle)
-
-        setattr(asyncio.Handle, "_run", counted)  # noqa: B010
-
-    def _on_audit(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if self.left and event in _STEPS:
-            self._count()
-
-    def _count(self) -> None:
-        if self.left:
-            self.left -= 1
-            if not self.left:
-                os._exit(KILLED)
 
 
 class Incarnation:
@@ -89,22 +48,26 @@ class Incarnation:
     def __init__(self, data: Path) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
+        self.blown = False
         self._pipe, theirs = context.Pipe()
         self.process: BaseProcess = context.Process(target=_main, args=(data, theirs), daemon=True)
         self.process.start()
         theirs.close()
 
-    def ask(self, verb: str, *arguments: Any, steps: int = 0) -> Any:
-        """Has it do something, and dies after ``steps`` (0: not).
+    def ask(
+        self, verb: str, *arguments: Any, steps: int = 0, victim: Victim = Victim.DAEMON
+    ) -> Any:
+        """Has it do something; what happens to whom after ``steps`` (0: nothing), `blown` tells if
+        it survived that.
 
         Raises:
             EOFError: it died. UndercroftError: it was refused.
         """
         try:
-            self._pipe.send((steps, verb, arguments))
+            self._pipe.send((steps, victim, verb, arguments))
             if not self._pipe.poll(LEASH):
                 raise AssertionError(f"{verb}{arguments} takes for ever")
-            answer = self._pipe.recv()
+            self.blown, answer = self._pipe.recv()
         except (EOFError, BrokenPipeError, ConnectionResetError):
             self.process.join()
             assert self.process.exitcode in (KILLED, -9), self.process.exitcode
@@ -121,7 +84,7 @@ class Incarnation:
 
 def _main(data: Path, pipe: Connection) -> None:
     os.setsid()
-    fuse = Fuse()
+    fuse = Fuse(data)
     asyncio.run(_live(data, pipe, fuse))
     os._exit(0)
 
@@ -129,8 +92,8 @@ def _main(data: Path, pipe: Connection) -> None:
 async def _live(data: Path, pipe: Connection, fuse: Fuse) -> None:
     world: World | None = None
     while True:
-        steps, verb, arguments = await asyncio.to_thread(pipe.recv)
-        fuse.left = steps
+        steps, victim, verb, arguments = await asyncio.to_thread(pipe.recv)
+        fuse.set(steps, victim)
         answer: Any
         try:
             if world is None:
@@ -139,9 +102,12 @@ async def _live(data: Path, pipe: Connection, fuse: Fuse) -> None:
         except UndercroftError as error:
             answer = UndercroftError(f"{error.code}: {error.message}")
         except Exception as error:
+            if isinstance(error, TimeoutError):  # what is everybody waiting for?
+                for task in asyncio.all_tasks():
+                    task.print_stack()
             answer = AssertionError(f"{type(error).__name__}: {error}")
-        fuse.left = 0
-        pipe.send(answer)
+        fuse.clear()
+        pipe.send((fuse.blown, answer))
 
 
 class World:
@@ -200,7 +166,7 @@ class World:
                 task.spec.verb,
                 task.spec.object.name,
                 task.status.state.value,
-                task.status.error.detail if task.status.error is not None else "",
+                f"{error.code}: {error.detail}" if (error := task.status.error) else "",
                 task.spec.arguments,
             )
             for task in sorted(tasks, key=lambda task: task.meta.created)
@@ -215,6 +181,16 @@ class World:
         """The id of each VM."""
         vms = [item.record for item in (await self.environment.store.list(VM)).items]
         return {vm.meta.name: vm.meta.id for vm in vms}
+
+    async def settled(self) -> None:
+        """Waits until it is noticed of every QEMU that has ended that it has."""
+        while True:
+            vms = [item.record for item in (await self.environment.store.list(VM)).items]
+            started = [vm.status.instance for vm in vms if vm.status.instance is not None]
+            living = await asyncio.to_thread(orphans.marked_processes, self.environment.data)
+            if all(one.pid in living for one in started):
+                return
+            await asyncio.sleep(0.01)
 
     async def stopped(self, name: str) -> None:
         """Waits until a VM does not run."""

@@ -1,5 +1,6 @@
-"""Snapshots, clones, templates and writes in any order, with the daemon killed at any step and QEMU
-at any moment: every disk holds what a model says, byte for byte.
+"""Snapshots, clones, templates, exports, imports and writes in any order, with the daemon or QEMU
+killed or the disk full at any step of any of them: every disk holds what a model says, byte for
+byte.
 
 There are no guests: what one would write, `qemu-io` does, through the VM's own QEMU where it runs.
 """
@@ -22,9 +23,11 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from tests.system.daemon.installation import wait_gone
+from tests.system.host.fuse import NONE, Trouble, Victim, remove_disk, small_disk, troubles
 from tests.system.host.incarnation import Incarnation, write_without_daemon
 from undercroft.host import orphans
 from undercroft.model.errors import UndercroftError
+from undercroft.model.export import ExportFormat
 from undercroft.model.requests import (
     CloneMode,
     CloneRequest,
@@ -32,9 +35,11 @@ from undercroft.model.requests import (
     SnapshotCreate,
     StopRequest,
     TemplateCreate,
+    VMChange,
     VMCreate,
 )
-from undercroft.model.vm import RestartPolicy
+from undercroft.model.transfer import ExportCreate, ImportCreate
+from undercroft.model.vm import DiskBus, RestartPolicy
 
 MIB = 1 << 20
 LENGTH = 4096
@@ -45,10 +50,10 @@ BOOL = st.booleans()
 PICK = st.integers(0, 11)
 WRITES = st.lists(st.integers(0, len(PLACES) - 1), min_size=1, max_size=4)
 LATER = st.lists(st.integers(0, len(PLACES) - 1), max_size=3)
-# After how many steps the daemon dies, and the next one (0: not). A verb takes some hundred.
-STEPS = st.one_of(st.just(0), st.integers(1, 250), st.integers(1, 1200))
-KILLS = st.tuples(STEPS, STEPS)
-Kills = tuple[int, int]
+# A verb takes some hundred steps.
+TROUBLE = troubles(st.just(0), st.integers(1, 250), st.integers(1, 1200))
+FORMATS = [ExportFormat.OVA, ExportFormat.QCOW2, ExportFormat.VHDX]
+SIZE = 256 * MIB  # of the disk: some must be free for exports
 
 
 @dataclass
@@ -89,11 +94,13 @@ class Accidents(RuleBasedStateMachine):
         super().__init__()
         self.place = Path(tempfile.mkdtemp(prefix="croft-"))
         self.place.chmod(0o711)
-        self.data = self.place / "data"
+        self.disk = small_disk(self.place, SIZE)
+        self.data = self.disk / "data"
         self.daemon = Incarnation(self.data)
         self.disks: dict[str, Disk] = {}
         self.snapshots: dict[tuple[str, str], Disk] = {}
         self.frozen: dict[str, Disk] = {}  # templates, by id
+        self.carried = Disk()  # by an export
         self.ids: dict[str, str] = {}
         self.seen: set[str] = set()
         self.value = 0
@@ -109,79 +116,99 @@ class Accidents(RuleBasedStateMachine):
             self.daemon.kill()
             if self.data.exists():
                 orphans.end_processes(self.data, set(orphans.marked_processes(self.data)))
+            remove_disk(self.disk)
             shutil.rmtree(self.place)
 
     # -- what is done -----------------------------------------------------------------------
 
     @initialize()
     def begin(self) -> None:
-        self.create(True, (0, 0))
+        self.create(True, NONE)
         self.write(0, [0, 2, 5], True)
 
-    @rule(start=st.booleans(), kills=KILLS)
-    def create(self, start: bool, kills: Kills) -> None:
+    @rule(start=st.booleans(), trouble=TROUBLE)
+    def create(self, start: bool, trouble: Trouble) -> None:
         request = VMCreate(
             name=self.new_name(),
             disk=4 * MIB,
-            memory=64 * MIB,
+            memory=16 * MIB,
             ports=(),
             start=start,
             restart=RestartPolicy.NEVER,
         )
-        self.ask("vms.create", request, kills=kills)
+        self.ask("vms.create", request, trouble=trouble)
 
-    @rule(vm=PICK, verb=st.sampled_from(["start", "stop", "restart", "suspend"]), kills=KILLS)
-    def switch(self, vm: int, verb: str, kills: Kills) -> None:
+    @rule(vm=PICK, verb=st.sampled_from(["start", "stop", "restart", "suspend"]), trouble=TROUBLE)
+    def switch(self, vm: int, verb: str, trouble: Trouble) -> None:
         arguments = (FORCE,) if verb in ("stop", "restart") else ()
-        self.ask(f"vms.{verb}", self.vm(vm), *arguments, kills=kills)
+        self.ask(f"vms.{verb}", self.vm(vm), *arguments, trouble=trouble)
 
-    @rule(vm=PICK, kills=KILLS)
-    def remove(self, vm: int, kills: Kills) -> None:
+    @rule(vm=PICK, trouble=TROUBLE)
+    def remove(self, vm: int, trouble: Trouble) -> None:
         if len(self.disks) > 1:
-            self.ask("vms.remove", self.vm(vm), True, kills=kills)
+            self.ask("vms.remove", self.vm(vm), True, trouble=trouble)
 
     @rule(vm=PICK, writes=WRITES, flush=st.booleans())
     def write(self, vm: int, writes: list[int], flush: bool) -> None:
         name = self.vm(vm)
         self.daemon.ask("write", name, self.commands(name, writes, flush))
 
-    @rule(vm=PICK, memory=st.booleans(), kills=KILLS, later=LATER)
-    def take(self, vm: int, memory: bool, kills: Kills, later: list[int]) -> None:
+    @rule(vm=PICK, memory=st.booleans(), trouble=TROUBLE, later=LATER)
+    def take(self, vm: int, memory: bool, trouble: Trouble, later: list[int]) -> None:
         request = SnapshotCreate(memory=memory)
-        self.ask("snapshots.create", self.vm(vm), request, kills=kills, later=later)
+        self.ask("snapshots.create", self.vm(vm), request, trouble=trouble, later=later)
 
-    @rule(snapshot=PICK, start=st.booleans(), kills=KILLS, later=LATER)
-    def revert(self, snapshot: int, start: bool, kills: Kills, later: list[int]) -> None:
+    @rule(snapshot=PICK, start=st.booleans(), trouble=TROUBLE, later=LATER)
+    def revert(self, snapshot: int, start: bool, trouble: Trouble, later: list[int]) -> None:
         for name in self.picked(self.snapshots, snapshot):
             request = RevertRequest(force=True, start=start)
-            self.ask("snapshots.revert", *name, request, kills=kills, later=later)
+            self.ask("snapshots.revert", *name, request, trouble=trouble, later=later)
 
-    @rule(snapshot=PICK, kills=KILLS, later=LATER)
-    def forget(self, snapshot: int, kills: Kills, later: list[int]) -> None:
+    @rule(snapshot=PICK, trouble=TROUBLE, later=LATER)
+    def forget(self, snapshot: int, trouble: Trouble, later: list[int]) -> None:
         for name in self.picked(self.snapshots, snapshot):
-            self.ask("snapshots.remove", *name, kills=kills, later=later)
+            self.ask("snapshots.remove", *name, trouble=trouble, later=later)
 
-    @rule(vm=PICK, mode=st.sampled_from(CloneMode), start=BOOL, kills=KILLS, later=LATER)
-    def clone(self, vm: int, mode: CloneMode, start: bool, kills: Kills, later: list[int]) -> None:
+    @rule(vm=PICK, mode=st.sampled_from(CloneMode), start=BOOL, trouble=TROUBLE, later=LATER)
+    def clone(
+        self, vm: int, mode: CloneMode, start: bool, trouble: Trouble, later: list[int]
+    ) -> None:
         request = CloneRequest(names=(self.new_name(),), mode=mode, start=start)
-        self.ask("vms.clone", self.vm(vm), request, kills=kills, later=later)
+        self.ask("vms.clone", self.vm(vm), request, trouble=trouble, later=later)
 
-    @rule(vm=PICK, memory=st.booleans(), kills=KILLS, later=LATER)
-    def make_template(self, vm: int, memory: bool, kills: Kills, later: list[int]) -> None:
+    @rule(vm=PICK, memory=st.booleans(), trouble=TROUBLE, later=LATER)
+    def make_template(self, vm: int, memory: bool, trouble: Trouble, later: list[int]) -> None:
         request = TemplateCreate(name=f"t{self.number}", source=self.vm(vm), memory=memory)
         self.number += 1
-        self.ask("templates.create", request, kills=kills, later=later)
+        self.ask("templates.create", request, trouble=trouble, later=later)
 
-    @rule(template=PICK, full=st.booleans(), kills=KILLS)
-    def clone_template(self, template: int, full: bool, kills: Kills) -> None:
+    @rule(template=PICK, full=st.booleans(), trouble=TROUBLE)
+    def clone_template(self, template: int, full: bool, trouble: Trouble) -> None:
         request = CloneRequest(names=(self.new_name(),), mode=CloneMode.FULL if full else None)
         for id in self.picked(self.templates, template):
-            self.ask("templates.clone", id, request, kills=kills)
+            self.ask("templates.clone", id, request, trouble=trouble)
 
-    @rule(template=PICK, kills=KILLS)
-    def remove_template(self, template: int, kills: Kills) -> None:
+    @rule(template=PICK, trouble=TROUBLE)
+    def remove_template(self, template: int, trouble: Trouble) -> None:
         for id in self.picked(self.templates, template):
-            self.ask("templates.remove", id, kills=kills)
+            self.ask("templates.remove", id, trouble=trouble)
+
+    @rule(vm=PICK, format=st.sampled_from(FORMATS), out=TROUBLE, back=TROUBLE, later=LATER)
+    def carry(
+        self, vm: int, format: ExportFormat, out: Trouble, back: Trouble, later: list[int]
+    ) -> None:
+        """A VM leaves as a file, and comes back as another."""
+        name, new = self.vm(vm), self.new_name()
+        before = self.disks[name].frozen()
+        request = ExportCreate(vm=name, format=format)
+        self.ask("exports.create", request, trouble=out, later=later)
+        for path in self.data.glob("exports/*/*"):
+            self.carried = self.disks[name].frozen(before)
+            importing = ImportCreate(path=str(path), file=path.name, name=new, bus=DiskBus.VIRTIO)
+            self.ask("imports.create", importing, trouble=back)
+            self.ask("exports.remove", path.parent.name)
+        if new in self.disks:
+            self.ask("vms.set", new, VMChange(restart=RestartPolicy.NEVER))
 
     @rule(vm=PICK)
     def qemu_dies(self, vm: int) -> None:
@@ -222,55 +249,75 @@ class Accidents(RuleBasedStateMachine):
         self,
         path: str,
         *arguments: Any,
-        kills: Kills = (0, 0),
+        trouble: Trouble = NONE,
         later: list[int] | None = None,
     ) -> None:
-        """Asks for an operation, of a daemon that is killed over it, as the next one may be.
-        ``later``: what is written before there is another daemon."""
+        """Asks for an operation, in the middle of which something happens. ``later``: what is
+        written before there is another daemon, if it was that."""
         before = {name: disk.frozen() for name, disk in self.disks.items()}
-        steps, again = kills
+        steps, again, victim = trouble
+        self.failed = True
         while True:
             try:
                 if path:
-                    self.daemon.ask("do", path, *arguments, steps=steps)
-                tasks = self.daemon.ask("peace", steps=steps)
+                    self.daemon.ask("do", path, *arguments, steps=steps, victim=victim)
             except UndercroftError:
-                return
+                pass
             except EOFError:
                 if later:
                     asyncio.run(self.write_without_daemon(later))
                 self.daemon = Incarnation(self.data)
                 path, steps, again, later = "", again, 0, None
                 continue
-            self.follow(tasks, before)
+            hit = victim if path and self.daemon.blown else Victim.DAEMON
+            if hit is Victim.QEMU:
+                self.daemon.ask("settled")
+                for disk in self.disks.values():
+                    disk.crash()
+            try:
+                tasks = self.daemon.ask("peace", steps=steps if victim is Victim.DAEMON else 0)
+            except EOFError:
+                self.daemon = Incarnation(self.data)
+                path, steps, again, later = "", again, 0, None
+                continue
+            self.follow(tasks, before, hit)
+            self.failed = False
             return
 
-    def follow(self, tasks: dict[str, Any], before: dict[str, Disk]) -> None:
-        """Has the model follow what became of tasks. ``before``: the disks when those began."""
+    def follow(self, tasks: dict[str, Any], before: dict[str, Disk], hit: Victim) -> None:
+        """Has the model follow what became of tasks. ``before``: the disks when those began.
+        ``hit``: the daemon, after which all comes about all the same, or another."""
+        self.ids = self.daemon.ask("ids")
+        snapshots, self.templates = self.daemon.ask("frozen")
         for id in sorted(set(tasks) - self.seen, key=lambda id: tasks[id][0] == "vm.create"):
             verb, name, state, error, given = tasks[id]
-            assert state == "succeeded", (verb, name, state, error)
+            done = state == "succeeded"
+            if not done:
+                assert state == "failed", (verb, name, state)
+                assert hit is not Victim.DAEMON, (verb, name, state, error)
+                assert hit is Victim.QEMU or error.startswith("no-space: "), (verb, error)
+                assert "fault of Undercroft" not in error
             # What was written since it began may belong to it or not.
             disk = self.disks[name].frozen(before[name]) if name in before else Disk()
-            if verb == "vm.create":
+            if verb == "vm.create" and (done or name in self.ids):
                 known = self.frozen.get(str(given.get("template")), Disk())
+                known = self.carried if "import" in given else known
                 self.disks[name] = known.frozen()
-            elif verb == "vm.remove":
+            elif verb == "vm.remove" and (done or name not in self.ids):
                 del self.disks[name]
                 self.snapshots = {k: v for k, v in self.snapshots.items() if k[0] != name}
-            elif verb == "snapshot.create":
+            elif verb == "snapshot.create" and done:
                 self.snapshots[name, given["name"]] = disk
             elif verb == "snapshot.revert":
-                self.disks[name] = self.snapshots[name, given["name"]].frozen()
-            elif verb == "snapshot.remove":
+                then = self.snapshots[name, given["name"]]
+                self.disks[name] = then.frozen() if done else then.frozen(self.disks[name])
+            elif verb == "snapshot.remove" and (done or (name, given["name"]) not in snapshots):
                 del self.snapshots[name, given["name"]]
-            elif verb == "template.create":
+            elif verb == "template.create" and done:
                 self.frozen[given["template"]] = disk
-            elif verb in ("vm.stop", "vm.suspend"):
+            elif verb in ("vm.stop", "vm.suspend") and done:
                 self.disks[name].flush()
         self.seen = set(tasks)
-        self.ids = self.daemon.ask("ids")
-        self.templates = self.daemon.ask("frozen")[1]
 
     def commands(self, name: str, writes: list[int], flush: bool) -> list[str]:
         commands = []
@@ -290,10 +337,12 @@ class Accidents(RuleBasedStateMachine):
             await write_without_daemon(self.data, self.ids[name], run)
 
     def everything_is_as_it_should_be(self) -> None:
-        self.failed = True
         self.ask("")
+        self.failed = True
         assert self.daemon.ask("findings") == []
         assert set(self.ids) == set(self.disks)
+        half_made = [p for place in ("tmp", "exports") for p in (self.data / place).iterdir()]
+        assert half_made == []
         snapshots, templates = self.daemon.ask("frozen")
         assert set(snapshots) == set(self.snapshots)
         for name, disk in self.disks.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 
 import msgspec
@@ -16,6 +17,12 @@ from undercroft.model.errors import DataCorruptError, NoSpaceError
 
 def left(path: Path) -> set[str]:
     return {entry.name for entry in path.parent.glob(path.name + "*")}
+
+
+def held(machine: QemuMachine, path: Path) -> list[str]:
+    """What a QEMU has open of the files of a state, removed ones among them."""
+    files = [os.readlink(entry) for entry in Path(f"/proc/{machine.instance.pid}/fd").iterdir()]
+    return [file for file in files if file.startswith(str(path))]
 
 
 async def begun(path: Path) -> None:
@@ -42,6 +49,7 @@ async def test_round_trip(lab: Lab, tmp_path: Path) -> None:
     assert plan.machine_version == guest.machine.plan.machine_version
     machine = await lab.start(msgspec.structs.replace(plan, incoming=str(path)))
     assert machine.run_state is RunState.RUNNING
+    assert held(machine, path) == []
     guest = Guest(machine, await machine.console.attach(0))
     await guest.type("")
     await guest.until(b"# ")
@@ -59,6 +67,7 @@ async def test_no_space_for_the_state(lab: Lab, small_disk: Path) -> None:
     with pytest.raises(NoSpaceError):
         await guest.machine.suspend(path)
     assert left(path) == set()
+    assert held(guest.machine, path) == []
     await eventually(lambda: guest.machine.run_state is RunState.RUNNING)
     assert await guest.run("echo on") == "on"
 
