@@ -141,7 +141,9 @@ async def test_changes_at_once_are_all_kept(world: World) -> None:
         {"labels": {"x": "y"}},
         {"cpu_model": "max"},
     ]
-    await asyncio.gather(*(change(world, **wish) for wish in wishes))
+    await asyncio.gather(  # what each of them finds afterwards, the next one may have changed
+        *(world.operations.vms.set(SYSTEM, "web1", VMChange(**wish)) for wish in wishes)
+    )
     vm = await world.vm("web1")
     assert (vm.spec.cpus, vm.spec.memory, vm.spec.stop_timeout) == (3, 768 * MiB, 7.0)
     assert (vm.meta.labels, vm.spec.cpu_model) == ({"x": "y"}, "max")
