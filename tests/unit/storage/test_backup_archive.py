@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tests.unit.storage.backups import FakeDisk, backup_of
+from undercroft.model.backup import BackupDisk, BackupFile
 from undercroft.model.errors import DataCorruptError
 from undercroft.storage.backup.archive import Archive, ArchiveWriter, read_manifest
 from undercroft.storage.backup.reading import read_disk, verify
@@ -53,6 +55,48 @@ def test_nothing_may_follow(tmp_path: Path):
     path = tmp_path / "web1.backup"
     path.write_bytes(archived(DATA)[0] + b"x")
     with pytest.raises(DataCorruptError, match="behind its end"):
+        read_manifest(path)
+
+
+CHUNK_NAME = "0" * 64
+
+
+def file(name: str, size: int = 1, parts: int = 1) -> dict[str, object]:
+    return {"files": (BackupFile(name=name, size=size, chunks=(CHUNK_NAME,) * parts),)}
+
+
+def disk(size: int, *maps: str | None) -> dict[str, object]:
+    return {"disks": (BackupDisk(size=size, maps=maps),)}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        file("suspend.state"),  # what the guest would go on from
+        file("snapshots/x"),
+        file("tpm"),
+        file("tpm/.."),
+        file("../nvram.fd"),
+        file("/etc/shadow"),
+        file("nvram.fd", size=CHUNK, parts=1 << 19),  # 32 GiB of what is there once
+        file("nvram.fd", size=1 << 40),
+        file("nvram.fd", size=-1, parts=0),
+        disk(1 << 62),
+        disk(-CHUNK),
+        disk(CHUNK, "z" * 64),
+        disk(CHUNK, CHUNK_NAME, CHUNK_NAME),
+        {"created": 1e300},
+    ],
+    ids=lambda values: str(values)[:50],
+)
+def test_a_stranger_s_manifest_is_refused(tmp_path: Path, values: dict[str, object]):
+    out = bytearray()
+    writer = ArchiveWriter(out.extend)
+    backup = msgspec.structs.replace(backup_of(writer, FakeDisk(DATA)), **values)
+    writer.finish(backup)
+    path = tmp_path / "web1.backup"
+    path.write_bytes(out)
+    with pytest.raises(DataCorruptError, match="refused"):
         read_manifest(path)
 
 

@@ -24,12 +24,18 @@ from undercroft.model.errors import (
     InvalidError,
     NotFoundError,
 )
+from undercroft.model.volume import MAX_VOLUME
+from undercroft.storage.backup.maps import chunk_count, segment_count
 from undercroft.storage.backup.packs import Packs
+from undercroft.storage.backup.writing import MOST_FILE
 from undercroft.storage.files import disk_full_is_clear, sync_directory
 from undercroft.storage.threads import Stop
 
 _ABOUT = "undercroft-backup.json"
 _ID = re.compile(r"bk-[0-9a-z]{16}")
+_NAME = re.compile(r"[0-9a-f]{64}")
+_FILE = re.compile(r"nvram\.fd|tpm/[A-Za-z0-9._-]{1,64}")
+_LAST = 1 << 36  # seconds since 1970 that no clock shows
 _README = """\
 These are backups of virtual machines, made by Undercroft. docs/backup.md of Undercroft
 says how they are kept; in short:
@@ -254,10 +260,10 @@ def encode_manifest(backup: Backup) -> bytes:
 
 
 def decode_manifest(data: bytes) -> Backup:
-    """A manifest as it was written.
+    """A manifest as it was written. It may be a stranger's: an archive's is.
 
     Raises:
-        DataCorruptError: it is none, or of a newer version.
+        DataCorruptError: it is none, or of a newer version, or could not have been written.
     """
     try:
         backup = msgspec.json.decode(data, type=Backup)
@@ -265,7 +271,33 @@ def decode_manifest(data: bytes) -> Backup:
         raise DataCorruptError(f"a manifest makes no sense: {error}") from error
     if backup.format != FORMAT or backup.version > VERSION or not _ID.fullmatch(backup.id):
         raise DataCorruptError("a manifest is none of a backup, or of a newer version")
+    reason = _impossible(backup)
+    if reason is not None:
+        raise DataCorruptError(f"backup {backup.id} is refused: {reason}")
     return backup
+
+
+def _impossible(backup: Backup) -> str | None:
+    """Why a manifest is none that could have been written."""
+    if not 0 <= backup.created < _LAST:
+        return "it was made at no time that there is"
+    for disk in backup.disks:
+        if not 0 < disk.size <= MAX_VOLUME or len(disk.maps) != segment_count(disk.size):
+            return f"a disk cannot have {disk.size} bytes in {len(disk.maps)} maps"
+        if not all(name is None or _NAME.fullmatch(name) for name in disk.maps):
+            return "what names a map is no checksum"
+    names = [file.name for file in backup.files]
+    if len(set(names)) != len(names):
+        return "it has a file twice"
+    for file in backup.files:
+        # Whatever else is in a VM's directory is not a backup's to say: what it has in memory is.
+        if not _FILE.fullmatch(file.name) or file.name.endswith(("/.", "/..")):
+            return f"a backup has no file {file.name[:80]!r}"
+        if not 0 <= file.size <= MOST_FILE or len(file.chunks) != chunk_count(file.size):
+            return f"file {file.name} cannot have {file.size} bytes in {len(file.chunks)} parts"
+        if not all(_NAME.fullmatch(name) for name in file.chunks):
+            return "what names a part of a file is no checksum"
+    return None
 
 
 def _checksum_line(name: str, data: bytes) -> bytes:

@@ -13,7 +13,7 @@ from undercroft.storage.threads import Stop
 
 READ = 1 << 20  # bytes that are read at once where chunks follow each other
 _ZEROES = bytes(CHUNK)
-_MOST_FILE = 64 << 20  # bytes that firmware variables or a TPM's state never have
+MOST_FILE = 64 << 20  # bytes that firmware variables or a TPM's state never have
 
 
 class Sink(Protocol):
@@ -196,7 +196,7 @@ def put_files(sink: Sink, directory: Path, names: Sequence[str]) -> tuple[Backup
         path = directory / name
         below = sorted(p for p in path.iterdir()) if path.is_dir() else [path]
         for file in below:
-            if not file.is_file() or file.is_symlink() or file.stat().st_size > _MOST_FILE:
+            if not file.is_file() or file.is_symlink() or file.stat().st_size > MOST_FILE:
                 continue
             content = file.read_bytes()
             found.append(
