@@ -9,6 +9,7 @@ import msgspec
 
 from undercroft.host.datastores import layer_file
 from undercroft.host.environment import Environment
+from undercroft.host.heads import own_head
 from undercroft.host.layers import get_layer, head_layer, layer_key
 from undercroft.host.outcome import TaskRun
 from undercroft.model.errors import InvalidError
@@ -29,6 +30,8 @@ async def grow(environment: Environment, volume: Volume, size: int, *, file: boo
     Raises:
         InvalidError: it would become smaller. NoSpaceError, ProgramError: it did not work.
     """
+    if file:
+        await own_head(environment, volume.meta.id)
     layer = await get_layer(environment, await head_layer(environment, volume.meta.id))
     if size < layer.spec.size:
         raise InvalidError(

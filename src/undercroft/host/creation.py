@@ -14,6 +14,7 @@ from undercroft.host.cloned import can_boot_instead, make
 from undercroft.host.datastores import layer_file
 from undercroft.host.environment import UID_BASE, Environment
 from undercroft.host.files import remove_tree
+from undercroft.host.heads import own_head
 from undercroft.host.importing import forget_upload, make_disks
 from undercroft.host.layers import collect_layers, get_layer, head_layer, make_layer, volume_status
 from undercroft.host.marks import checkpoints_of
@@ -23,7 +24,7 @@ from undercroft.host.templates import collect_templates
 from undercroft.model.checkpoint import Checkpoint
 from undercroft.model.errors import UndercroftError
 from undercroft.model.snapshot import Snapshot
-from undercroft.model.vm import VM, Power, VMState
+from undercroft.model.vm import VM, Disk, Power, VMState
 from undercroft.model.volume import Volume, VolumeState
 from undercroft.operations.context import snapshot_scope
 from undercroft.operations.vm_change import removal_releases
@@ -58,7 +59,7 @@ async def create(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
             await make_restored(environment, vm, run)
         for disk in vm.spec.disks if "import" not in run.arguments else ():
             await run.progress(None, "making the disk")
-            await _make_volume(environment, disk.volume)
+            await _make_volume(environment, disk)
         made = await write(
             environment,
             VM,
@@ -111,10 +112,13 @@ def _make_directories(environment: Environment, id: str) -> None:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
-async def _make_volume(environment: Environment, id: str) -> None:
+async def _make_volume(environment: Environment, disk: Disk) -> None:
     """Makes a volume's file; does nothing if it is there already."""
+    id = disk.volume
     found = await environment.store.get(Volume, id)
     if found is not None and found.record.status.state is VolumeState.READY:
+        if found.record.spec.attached is not None and not disk.read_only:
+            await own_head(environment, id)
         return
     head = await head_layer(environment, id)
     await make_layer(environment, head)

@@ -14,6 +14,7 @@ import msgspec
 from undercroft.host.actor import Outcome, VMActor
 from undercroft.host.attachments import disk_of, free_volume, grow
 from undercroft.host.environment import Environment
+from undercroft.host.heads import own_head
 from undercroft.host.outcome import TaskRun, change_spec
 from undercroft.host.planning import plan_disk
 from undercroft.model.errors import (
@@ -43,6 +44,9 @@ async def attach(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
     )
     check_not_suspended(actor, vm)
     machine = actor.machine
+    if not disk.read_only:
+        await own_head(environment, volume.meta.id)
+        volume = await _volume(environment, run)
     if machine is not None:
         planned = await plan_disk(environment, volume, disk, disk.unit)
         async with unless_it_ended(actor, vm):

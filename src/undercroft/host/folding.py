@@ -158,6 +158,10 @@ async def _foldable(environment: Environment, volume: str) -> tuple[Layer, Layer
         return None
     if lower.spec.format is not LayerFormat.QCOW2:  # it has no room for marks
         return None
+    # What is written from then on would be where it was not to be, and in the clear.
+    place = (upper.spec.datastore, upper.spec.encrypted)
+    if place != (lower.spec.datastore, lower.spec.encrypted):
+        return None
     if upper.spec.size != lower.spec.size:  # the disk has grown: it is merged the other way
         return None
     return upper, lower

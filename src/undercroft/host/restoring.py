@@ -7,7 +7,9 @@ killed or full, a VM has either all that it had, or all that the backup has.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,10 +29,11 @@ from undercroft.host.uploads import upload_path
 from undercroft.hypervisor.plan import DiskFormat, DiskLayer
 from undercroft.hypervisor.suspend import discard_state
 from undercroft.model.backup import Backup, BackupDisk
-from undercroft.model.errors import DataError
-from undercroft.model.layer import LayerState
+from undercroft.model.errors import DataError, StaleError
+from undercroft.model.layer import Layer, LayerState
 from undercroft.model.vm import VM, Power, VMState
 from undercroft.model.volume import Volume, VolumeState
+from undercroft.operations.context import ATTEMPTS
 from undercroft.storage.backup.archive import Archive
 from undercroft.storage.backup.packs import Packs
 from undercroft.storage.backup.reading import read_disk, restore_files
@@ -56,8 +59,7 @@ async def make_restored(environment: Environment, vm: VM, run: TaskRun) -> None:
             found = await environment.store.get(Volume, disk.volume)
             if found is not None and found.record.status.state is VolumeState.READY:
                 continue  # by a daemon that died after that
-            path = await restoring.disk(index)
-            await _become(environment, disk.volume, path, restoring.backup.disks[index].size)
+            await _become(environment, [await restoring.disk(index, disk.volume)])
 
 
 async def restore_over(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
@@ -65,7 +67,11 @@ async def restore_over(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
     here; what it has become since is lost unless a snapshot has it."""
     environment = actor.environment
     async with Restoring(environment, vm, run) as restoring:
-        paths = [await restoring.disk(index) for index in range(len(vm.spec.disks))]
+        places = run.arguments.get("places") or range(len(vm.spec.disks))
+        made = [
+            await restoring.disk(index, disk.volume)
+            for index, disk in zip(places, vm.spec.disks, strict=True)
+        ]
         await run.commit()
         if actor.machine is not None:
             await run.progress(None, "switching it off")
@@ -81,9 +87,7 @@ async def restore_over(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
             lambda v: change_status(v, state=VMState.STOPPED, instance=None),
         )
         directory = environment.vm_directory(vm.meta.id)
-        for index, disk in enumerate(vm.spec.disks):
-            size = restoring.backup.disks[index].size
-            await _become(environment, disk.volume, paths[index], size)
+        await _become(environment, made)
         await in_thread(lambda _: restoring.files(directory, replace=True))
     await collect_layers(environment)
     shape = run.arguments.get("shape")
@@ -114,6 +118,15 @@ async def restore_over(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
     outcome.message = f"{vm.label} was restored from backup {run.arguments['backup']}"
     outcome.after = partial(forget_upload, environment, run)
     return outcome
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a volume (its id) is to hold, in a file."""
+
+    volume: str
+    path: Path
+    size: int
 
 
 class Restoring:
@@ -180,15 +193,16 @@ class Restoring:
             restore_files(self.get, self.backup, directory, lenient=self._lenient)
             sync_directory(directory)
 
-    async def disk(self, index: int) -> Path:
-        """Restores a disk into a new file; gone with the block unless it is moved away.
+    async def disk(self, index: int, id: str) -> Restored:
+        """Restores a disk of the backup, for a volume (its id), into a new file; gone with the
+        block unless it is moved away.
 
         Raises:
             UndercroftError: it did not work.
         """
         environment = self._environment
         disk = self.backup.disks[index]
-        volume = await environment.store.get(Volume, self._vm.spec.disks[index].volume)
+        volume = await environment.store.get(Volume, id)
         store = await driver(environment, await _datastore(environment, volume))
         path = store.half()
         self._made.append(path)
@@ -216,40 +230,51 @@ class Restoring:
                     client.flush()
 
             await in_thread(copy)
-        return path
+        return Restored(id, path, disk.size)
 
     def _content(self, disk: BackupDisk) -> Any:
         return read_disk(self.get, self.backup, disk, lenient=self._lenient)
 
 
-async def _become(environment: Environment, volume: str, path: Path, size: int) -> None:
-    """Makes a restored file the only layer of a volume."""
-    found = await environment.store.get(Volume, volume)
-    if found is None:
-        raise DataError(f"the record of volume {volume} is gone", object=f"volume {volume}")
-    layer = new_layer(
-        environment,
-        size,
-        datastore=await _datastore(environment, found),
-        encrypted=found.record.spec.encrypted,
-    )
-    store = await driver(environment, layer.spec.datastore)
-    async with environment.layers_lock:  # nobody must find it without use
-        await environment.store.transact(Transaction(puts=[Put(layer)]))
-        if layer.spec.encrypted:
-            await asyncio.to_thread(environment.keys.copy, path.name, layer.meta.id)
-        await store.adopt(path, file_name(layer))
-        wanted = volume_status(found.record, head=layer.meta.id, state=VolumeState.READY)
-        spec = msgspec.structs.replace(wanted.spec, size=size, image=None)
-        wanted = msgspec.structs.replace(wanted, spec=spec)
-        ready = msgspec.structs.replace(
-            layer, status=msgspec.structs.replace(layer.status, state=LayerState.READY)
-        )
-        await environment.store.transact(
-            Transaction(
-                checks=[Check(Volume, volume, found.revision)], puts=[Put(wanted), Put(ready)]
+async def _become(environment: Environment, restored: Sequence[Restored]) -> None:
+    """Makes restored files the only layers of their volumes, all at once."""
+    async with environment.layers_lock:  # nobody must find them without use
+        ready: list[Layer] = []
+        for one in restored:
+            found = await _volume(environment, one.volume)
+            layer = new_layer(
+                environment,
+                one.size,
+                datastore=await _datastore(environment, found),
+                encrypted=found.record.spec.encrypted,
             )
-        )
+            store = await driver(environment, layer.spec.datastore)
+            await environment.store.transact(Transaction(puts=[Put(layer)]))
+            if layer.spec.encrypted:
+                await asyncio.to_thread(environment.keys.copy, one.path.name, layer.meta.id)
+            await store.adopt(one.path, file_name(layer))
+            status = msgspec.structs.replace(layer.status, state=LayerState.READY)
+            ready.append(msgspec.structs.replace(layer, status=status))
+        for _ in range(ATTEMPTS):
+            checks: list[Check] = []
+            puts = [Put(layer) for layer in ready]
+            for one, layer in zip(restored, ready, strict=True):
+                found = await _volume(environment, one.volume)
+                wanted = volume_status(found.record, head=layer.meta.id, state=VolumeState.READY)
+                spec = msgspec.structs.replace(wanted.spec, size=one.size, image=None)
+                checks.append(Check(Volume, one.volume, found.revision))
+                puts.append(Put(msgspec.structs.replace(wanted, spec=spec)))
+            with contextlib.suppress(StaleError):
+                await environment.store.transact(Transaction(checks=checks, puts=puts))
+                return
+    raise StaleError("the volumes keep changing", action="restore the backup again")
+
+
+async def _volume(environment: Environment, id: str) -> Versioned[Volume]:
+    found = await environment.store.get(Volume, id)
+    if found is None:
+        raise DataError(f"the record of volume {id} is gone", object=f"volume {id}")
+    return found
 
 
 async def _datastore(environment: Environment, volume: Versioned[Volume] | None) -> str | None:

@@ -82,8 +82,9 @@ async def _new_heads(environment: Environment, snapshot: Snapshot) -> dict[str, 
     layers: dict[str, Layer] = {}
     for disk in snapshot.status.disks:
         await check_chain(environment, disk.layer)
-        if disk.next == disk.layer:  # it is never written to
-            continue
+        volume = await environment.store.get(Volume, disk.volume)
+        if volume is not None and volume.record.status.head == disk.layer == disk.next:
+            continue  # it was for reading only, and nobody has written to it since
         below = await get_layer(environment, disk.layer)
         layers[disk.volume] = new_layer(environment, below.spec.size, parent=below)
     environment.held |= {layer.meta.id for layer in layers.values()}

@@ -134,8 +134,9 @@ async def taken(actor: VMActor, vm: VM, run: TaskRun) -> Snapshot:
 
 async def _switched(environment: Environment, snapshot: Snapshot) -> bool:
     """Whether it is written down that the volumes write to the new layers."""
-    heads = [await head_layer(environment, disk.volume) for disk in snapshot.status.disks]
-    return bool(heads) and heads == [disk.next for disk in snapshot.status.disks]
+    disks = [disk for disk in snapshot.status.disks if disk.next != disk.layer]
+    heads = [await head_layer(environment, disk.volume) for disk in disks]
+    return bool(heads) and heads == [disk.next for disk in disks]
 
 
 async def _missed(

@@ -29,6 +29,7 @@ from undercroft.operations.datastores import place_checks, place_id, place_new
 from undercroft.operations.snapshots import SHAPE
 from undercroft.operations.uploads import check_key
 from undercroft.operations.vm_create import assign_host_ports, port_claim
+from undercroft.operations.volume_use import check_settled
 from undercroft.store.interface import Check, Claim, Put, Transaction
 
 
@@ -66,6 +67,8 @@ async def _over(
 ) -> Task:
     caller.require("vm.snapshot")
     shape = _shape(backup)
+    for disk in backup.disks:
+        check_volume_size(disk.size)
 
     async def prepare(vm: VM, _: Volumes) -> tuple[VM, dict[str, object]]:
         if not request.force:
@@ -74,14 +77,10 @@ async def _over(
                 object=vm.label,
                 action="if that is what you want: --force; or make a new VM of it with --as NAME",
             )
-        if len(vm.spec.disks) != len(backup.disks):
-            raise InvalidError(
-                f"{vm.label} has {len(vm.spec.disks)} disks, and backup {backup.id} "
-                f"{len(backup.disks)}",
-                object=vm.label,
-                action="make a new VM of it: --as NAME",
-            )
+        await check_settled(context, vm)
+        arguments["places"] = _places(vm, backup, shape)
         kept = {name: getattr(shape, name) for name in SHAPE}
+        check_vm_spec(msgspec.structs.replace(vm.spec, **kept))
         arguments["shape"] = msgspec.to_builtins(kept)
         wanted = msgspec.structs.replace(
             vm,
@@ -93,6 +92,28 @@ async def _over(
         return wanted, dict(arguments)
 
     return await ask(context, caller, request.over or "", "backup.restore", prepare)
+
+
+def _places(vm: VM, backup: Backup, shape: VMSpec) -> list[int]:
+    """For each disk of a VM, which one of a backup is to go over it: the same volume, if it is the
+    VM's own backup, else the one at the same place.
+
+    Raises:
+        InvalidError: it has others.
+    """
+    now = [disk.volume for disk in vm.spec.disks]
+    then = [disk.volume for disk in shape.disks]
+    own = backup.vm == vm.meta.id
+    if len(now) != len(backup.disks) or (own and sorted(now) != sorted(then)):
+        others = len(now) == len(backup.disks)
+        raise InvalidError(
+            f"{vm.label} has other disks than when backup {backup.id} was made"
+            if others
+            else f"{vm.label} has {len(now)} disks, and backup {backup.id} {len(backup.disks)}",
+            object=vm.label,
+            action="make a new VM of it: --as NAME",
+        )
+    return [then.index(volume) for volume in now] if own else list(range(len(now)))
 
 
 async def _new(

@@ -19,7 +19,7 @@ from tests.system.host.fuse import KILLED, Fuse, Victim
 from undercroft.host import orphans
 from undercroft.host.agent import HostAgent
 from undercroft.host.environment import Environment
-from undercroft.host.layers import chain, plan_layers
+from undercroft.host.layers import chain, get_layer, plan_layers
 from undercroft.host.registration import register
 from undercroft.hypervisor import sockets
 from undercroft.hypervisor.blockgraph import block_nodes
@@ -297,6 +297,17 @@ class World:
     async def head(self, name: str) -> str:
         """The layer that the disk of a VM is written to."""
         return await self._head((await self.operations.vms.get(SYSTEM, name)).record)
+
+    async def disk_head(self, name: str, index: int) -> str:
+        """The layer that one of the disks of a VM is written to."""
+        vm = (await self.operations.vms.get(SYSTEM, name)).record
+        volume = await self.environment.store.get(Volume, vm.spec.disks[index].volume)
+        assert volume is not None
+        return volume.record.status.head
+
+    async def encrypted(self, layer: str) -> bool:
+        """Whether what is written to a layer is."""
+        return (await get_layer(self.environment, layer)).spec.encrypted
 
     async def depth(self, name: str) -> int:
         """Of how many layers the disk of a VM consists."""
