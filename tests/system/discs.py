@@ -29,8 +29,14 @@ def make_bootable(path: Path) -> Path:
     subprocess.run(["mformat", "-C", "-i", system, "-f", "1440", "::"], check=True)
     subprocess.run(["mmd", "-i", system, "::/EFI", "::/EFI/BOOT"], check=True)
     subprocess.run(["mcopy", "-i", system, program, "::/EFI/BOOT/BOOTX64.EFI"], check=True)
-    bios = (_BIOS + _PRINT + b"BIOS-DISC\r\n\0").ljust(2048, b"\0")
+    bios = boot_sector("BIOS-DISC").ljust(2048, b"\0")
     return _write(path, "BOOT", {}, {"bios": bios, "efi": system.read_bytes()})
+
+
+def boot_sector(text: str) -> bytes:
+    """The first sector of a disk, or disc, that says ``text`` on the serial port."""
+    code = _BIOS + _PRINT + text.encode() + b"\r\n\0"
+    return code.ljust(510, b"\0") + b"\x55\xaa"
 
 
 def _write(

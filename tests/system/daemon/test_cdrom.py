@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 from tests.system.daemon.installation import Installation, until, wait_gone
-from tests.system.discs import make_disc
+from tests.system.discs import boot_sector, make_bootable, make_disc
 from undercroft.model.requests import (
     CloneMode,
     CloneRequest,
@@ -16,9 +17,11 @@ from undercroft.model.requests import (
     RevertRequest,
     SnapshotCreate,
     StopRequest,
+    VMChange,
+    VMCreate,
 )
 from undercroft.model.task import Task, TaskState
-from undercroft.model.vm import DiskBus, RestartPolicy
+from undercroft.model.vm import BootFirst, DiskBus, RestartPolicy
 
 LOOK = """
 n=0; while ! [ -b /dev/sr0 ] && [ $n -lt 300 ]; do sleep 0.1; n=$((n + 1)); done
@@ -123,4 +126,33 @@ def test_discs_stay_where_they_are_put(installation: Installation, place: Path) 
     assert failed(installation, sata)[0] == "unsupported"
     assert vms.get("web1").spec.cdroms == ()
     installation.finish(vms.remove("web1", force=True))
+    installation.assert_in_order()
+
+
+def test_an_installer_boots(installation: Installation, place: Path) -> None:
+    """Nothing is said of what is to boot: the disc, until the disk can be. Then it is said."""
+    vms = installation.client.vms
+    disc = NewCdrom(path=str(make_bootable(place / "setup.iso")))
+    request = VMCreate(name="new", disk=64 << 20, memory=128 << 20, ports=(), cdroms=(disc,))
+
+    said: list[bytes] = []
+
+    def boots(says: bytes) -> None:
+        installation.finish(vms.start("new"))
+        until(lambda: vms.log("new").count(b"\n") > len(said), "it says what booted")
+        said.append(says)
+        assert vms.log("new").split() == said
+        installation.finish(vms.stop("new", StopRequest(force=True)))
+
+    installation.finish(vms.create(request))
+    boots(b"BIOS-DISC")
+    head = installation.client.volumes.get("new-boot").status.head
+    path = installation.data / "volumes" / f"{head}.qcow2"
+    (place / "sector").write_bytes(boot_sector("BIOS-DISK"))
+    command = f"write -s {place / 'sector'} 0 512"
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", command, path], check=True, capture_output=True)
+    boots(b"BIOS-DISK")
+    vms.set("new", VMChange(boot=BootFirst.CDROM))
+    boots(b"BIOS-DISC")
+    installation.finish(vms.remove("new", force=True))
     installation.assert_in_order()
