@@ -195,7 +195,11 @@ def _fetch(croft: Croft, export: Any, target: str) -> list[dict[str, Any]]:
     for index, file in enumerate(files):
         part = _part(target, file["name"], id)
         if not _linked(croft, file, part):
-            _receive(croft, id, file, part)
+            try:
+                _receive(croft, id, file, part)
+            except OSError as error:
+                _raise_full(error, target)
+                raise
         own = target
         if len(files) > 1 and index:
             own = os.path.join(os.path.dirname(os.path.abspath(target)), file["name"])
@@ -225,6 +229,22 @@ def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
+
+
+def _raise_full(error: OSError, target: str) -> None:
+    """Says what to do if the disk is full that a file goes to."""
+    import errno
+
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return
+    from undercroft.model.errors import NoSpaceError
+
+    directory = os.path.dirname(os.path.abspath(target))
+    raise NoSpaceError(
+        f"there is no room for {target}: the disk that holds {directory} is full",
+        object=target,
+        action="make room there, then give the same command again: it goes on where it stopped",
+    ) from error
 
 
 def _receive(croft: Croft, id: str, file: Any, part: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from undercroft.host.datastores import driver_of, layer_file
 from undercroft.host.environment import Environment
 from undercroft.host.layers import Uses, collect_layers
+from undercroft.host.leftovers import check_leftovers
 from undercroft.model.datastore import Datastore
 from undercroft.model.errors import DataError, UnavailableError
 from undercroft.model.image import Image
@@ -71,6 +72,7 @@ async def check_volumes(environment: Environment, repair: bool) -> CheckReport:
         elif volume.status.state is VolumeState.READY and volume.status.head not in uses.layers:
             what = f"{volume.label} has lost the record of what is on it"
             findings.append(CheckFinding(code="missing-layer", message=what, object=volume.label))
+    findings += await check_leftovers(environment, repair)
     return CheckReport(
         findings=tuple(findings), checked={"volumes": len(volumes), "layers": len(uses.layers)}
     )

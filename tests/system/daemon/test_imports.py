@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import os
+import re
 import signal
+import struct
 import subprocess
 import sys
+import tarfile
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -29,13 +34,27 @@ OFF = StopRequest(force=True)
 FORMATS = ("ova", "qcow2", "vhdx")
 
 
-def croft(installation: Installation, *words: str, input: bytes | None = None) -> bytes:
-    """What a command prints."""
+def croft_says(
+    installation: Installation, *words: str, input: bytes | None = None
+) -> subprocess.CompletedProcess[bytes]:
+    """What becomes of a command."""
     command = [sys.executable, "-m", "undercroft.cli", *words]
     environ = {**os.environ, "CROFT_DATA": str(installation.data)}
-    done = subprocess.run(command, env=environ, input=input, capture_output=True)
+    return subprocess.run(command, env=environ, input=input, capture_output=True)
+
+
+def croft(installation: Installation, *words: str, input: bytes | None = None) -> bytes:
+    """What a command prints."""
+    done = croft_says(installation, *words, input=input)
     assert done.returncode == 0, done.stderr.decode()
     return done.stdout
+
+
+def refused(installation: Installation, *words: str) -> str:
+    """What a command that must fail tells."""
+    done = croft_says(installation, *words)
+    assert done.returncode == 1, done
+    return done.stderr.decode()
 
 
 def found(installation: Installation, name: str) -> Path:
@@ -234,4 +253,64 @@ def test_a_disk_that_is_too_small(small: Installation, place: Path) -> None:  # 
     croft(small, "export", "fits", str(place / "fits.ova"))
     croft(small, "import", str(place / "fits.ova"), "again")
     assert same(small, "again-boot", "fits-boot")
+    # Where it is to go there is no room: nothing has its name, and there it goes on later.
+    target = place / "target"
+    target.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2M", "croft", target], check=True)
+    try:
+        command = ("export", "fits", str(target / "fits.raw"))
+        assert "no-space" in refused(small, *command)
+        assert not (target / "fits.raw").exists()
+        subprocess.run(["mount", "-o", "remount,size=64M", target], check=True)
+        small.kill()
+        small.start()
+        assert "going on" in croft_says(small, *command).stderr.decode()
+        assert same(small, "fits-boot", target / "fits.raw")
+        assert [file.name for file in target.iterdir()] == ["fits.raw"]
+    finally:
+        subprocess.run(["umount", "--lazy", target], check=True)
+    assert left_over(small) == []
     small.assert_in_order()
+
+
+def hostile(data: bytes) -> dict[str, bytes]:
+    """Files that nobody should be able to harm us with, by their names."""
+    return {
+        "path.ova": packed("../../etc/evil.ovf"),
+        "cut.ova": data[: len(data) // 2],
+        "backing.qcow2": qcow2(backing=b"/etc/passwd"),
+        "lying.qcow2": qcow2(size=1 << 62),
+        "empty.vmdk": b"",
+    }
+
+
+def packed(name: str) -> bytes:
+    """An archive with a file of that name."""
+    archive = BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        tar.addfile(tarfile.TarInfo(name))
+    return archive.getvalue()
+
+
+def qcow2(size: int = MiB, backing: bytes = b"") -> bytes:
+    """A header, and little else."""
+    at = 112 if backing else 0
+    head = struct.pack(">4sIQIIQIIQQIIQ", b"QFI\xfb", 3, at, len(backing), 16, size, 0, 1,
+                       196608, 65536, 1, 0, 0)  # fmt: skip
+    return (head + struct.pack(">QQQII", 0, 0, 0, 4, 104) + bytes(8) + backing).ljust(262144, b"\0")
+
+
+def test_hostile_files_through_the_command(installation: Installation, place: Path) -> None:
+    """A user is told what is wrong, and nothing of it stays; not of a bomb either."""
+    bomb = gzip.compress(bytes(64 * MiB)) + gzip.compress(b"more")
+    for name, data in {**hostile(packages.virtualbox(place)), "bomb.raw.gz": bomb}.items():
+        (place / name).write_bytes(data)
+        said = refused(installation, "import", str(place / name), "bad")
+        assert "Traceback" not in said, said
+        assert "fault of Undercroft" not in said, said
+        assert re.search(r"\([a-z-]+\)", said), said
+        assert installation.client.vms.list() == []
+    assert left_over(installation) == []
+    assert installation.client.volumes.list() == []
+    installation.assert_in_order()
+    assert installation.client.hosts.check_volumes().findings == ()

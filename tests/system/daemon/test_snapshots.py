@@ -6,14 +6,26 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 
 from tests.system.daemon.installation import Installation, until, wait_gone
+from undercroft.client.client import Client
+from undercroft.model.backup import BackupCreate
 from undercroft.model.errors import GuestAgentError, UndercroftError, WrongStateError
-from undercroft.model.requests import RevertRequest, SnapshotCreate, StopRequest, VMChange
+from undercroft.model.requests import (
+    CloneMode,
+    CloneRequest,
+    RevertRequest,
+    SnapshotCreate,
+    StopRequest,
+    VMChange,
+)
 from undercroft.model.task import Task, TaskState
+from undercroft.model.transfer import ExportCreate
 
 FORCE = RevertRequest(force=True)
 START = RevertRequest(force=True, start=True)
@@ -187,15 +199,12 @@ def test_a_guest_that_cannot_be_quiesced_is_told_so(installation: Installation) 
 
 
 @pytest.mark.parametrize("victim", ["daemon", "qemu", "both"])
-@pytest.mark.parametrize("memory", [False, True])
-def test_killed_while_a_guest_writes_and_is_kept(
-    installation: Installation, victim: str, memory: bool
-) -> None:
+def test_killed_while_a_guest_writes_and_is_kept(installation: Installation, victim: str) -> None:
     """Whatever is killed, and when: no block that the guest had flushed is missing, neither from
     the VM nor from the snapshot, if that came to be."""
-    random.seed(f"{victim}{memory}")
+    random.seed(victim)
     installation.run("web1", disk=1 << 30)
-    for _ in range(2):
+    for memory in (False, True):
         installation.in_background("web1", WRITER)
         flushed = until(lambda: written(installation, "web1"), "something is written")
         task = installation.client.snapshots.create("web1", SnapshotCreate(memory=memory))
@@ -225,7 +234,44 @@ def test_killed_while_a_guest_writes_and_is_kept(
         installation.shell("web1", WIPER)
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.01, 0.03, 0.08])
+def test_the_daemon_dies_over_anything_while_a_guest_writes(
+    installation: Installation, place: Path
+) -> None:
+    """It is done all the same, and no block is missing of what the guest had flushed, neither from
+    its disk nor from what goes on from there."""
+    random.seed(1)
+    request = BackupCreate(repository=str(place / "backups"))
+    verbs: dict[str, Callable[[Client], Task]] = {
+        "snapshot": lambda c: c.snapshots.create("web1", SnapshotCreate(name="s1")),
+        "memory": lambda c: c.snapshots.create("web1", SnapshotCreate(name="s2", memory=True)),
+        "merge": lambda c: c.snapshots.remove("web1", "s1"),
+        "full": lambda c: c.vms.clone("web1", CloneRequest(names=("a",), mode=CloneMode.FULL))[0],
+        "instant": lambda c: c.vms.clone(
+            "web1", CloneRequest(names=("b",), mode=CloneMode.INSTANT)
+        )[0],
+        "export": lambda c: c.exports.create(ExportCreate(vm="web1")),
+        "backup": lambda c: c.backups.create("web1", request),
+        "fold": lambda c: c.snapshots.remove("web1", "s2"),
+    }
+    installation.run("web1", disk=1 << 30)
+    installation.in_background("web1", WRITER)
+    for verb, begin in verbs.items():
+        flushed = until(lambda: written(installation, "web1"), "something is written")
+        task = begin(installation.client)
+        time.sleep(random.uniform(0.0, 0.15))
+        installation.kill()
+        installation.start()
+        installation.finish(task)
+        assert written(installation, "web1") >= flushed, verb
+        if verb == "instant":
+            installation.wait_ready("b")
+            assert written(installation, "b") >= flushed
+            installation.finish(installation.client.vms.remove("b", force=True))
+    installation.assert_in_order()
+    assert installation.client.hosts.check_volumes().findings == ()
+
+
+@pytest.mark.parametrize("delay", [0.01, 0.08])
 def test_killed_while_going_back(installation: Installation, delay: float) -> None:
     client = installation.client
     installation.run("web1", disk=1 << 30)
