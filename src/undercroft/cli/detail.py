@@ -229,11 +229,13 @@ def snapshot_detail(croft: Croft, snapshot: Any) -> str:
     if status.get("quiesced"):
         kept += ", file systems in order"
     shape = status.get("shape") or {}
+    stood = status.get("stood_still")
     pairs: Pairs = [
         ("what for", style.clean(dig(snapshot, "spec.description", ""))),
         ("of", _name(croft, "vms", dig(snapshot, "spec.vm"))),
         ("keeps", kept),
         ("memory", size(status["memory"]) if status.get("memory") else ""),
+        ("guest stood still", f"{stood * 1000:.1f} ms" if stood is not None else ""),
         ("shape", f"{shape.get('cpus')} CPUs, {size(shape.get('memory'))}" if shape else ""),
         ("taken", local_time(dig(snapshot, "meta.created", 0))),
         ("id", dig(snapshot, "meta.id", "")),

@@ -29,7 +29,7 @@ from undercroft.host.outcome import (
 )
 from undercroft.host.upkeep import reconcile
 from undercroft.hypervisor.machine import ExitReport, MachineEvent, QemuMachine, RunState
-from undercroft.hypervisor.suspend import discard_state
+from undercroft.hypervisor.state_file import discard_state
 from undercroft.model.errors import CancelledTaskError, UndercroftError
 from undercroft.model.event import EventLevel
 from undercroft.model.task import Task

@@ -23,13 +23,13 @@ from undercroft.host.datastores import open_datastores
 from undercroft.host.environment import Environment
 from undercroft.host.exports import ExportWorker, sweep_exports
 from undercroft.host.exports import remove_files as remove_export
+from undercroft.host.forgetting import sweep_snapshots
 from undercroft.host.housekeeping import keep_house
 from undercroft.host.images import ImageWorker
 from undercroft.host.layers import collect_layers, rename_volumes
 from undercroft.host.outcome import final_status
 from undercroft.host.pool import Pool
 from undercroft.host.services import LocalHost
-from undercroft.host.snapshots import sweep_snapshots
 from undercroft.host.templates import remove_files, sweep_templates
 from undercroft.host.verbs import VM_VERBS
 from undercroft.host.volume_clone import collect_clones

@@ -11,10 +11,11 @@ import structlog
 
 from undercroft.host.actor import Outcome, VMActor
 from undercroft.host.folding import fold_layers
+from undercroft.host.forgetting import forget
 from undercroft.host.layers import collect_layers, get_layer
 from undercroft.host.merging import merge_layers
 from undercroft.host.outcome import TaskRun, change_status
-from undercroft.host.snapshots import forget, taken
+from undercroft.host.snapshots import taken
 from undercroft.model.base import Meta
 from undercroft.model.checkpoint import (
     Checkpoint,

@@ -10,8 +10,8 @@ import structlog
 from undercroft.host.environment import Environment
 from undercroft.host.exports import sweep_exports
 from undercroft.host.fetching import downloads
+from undercroft.host.forgetting import collect_snapshots
 from undercroft.host.importing import sweep_uploads
-from undercroft.host.snapshots import collect_snapshots
 from undercroft.host.templates import collect_templates
 from undercroft.host.volume_clone import collect_clones
 from undercroft.model.errors import UndercroftError

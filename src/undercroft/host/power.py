@@ -13,7 +13,7 @@ from undercroft.host.exits import explain
 from undercroft.host.outcome import TaskRun, change_spec, change_status, write
 from undercroft.host.planning import make_plan, make_seed, plan_cdroms, plan_disks
 from undercroft.hypervisor.machine import ExitReport, QemuMachine, RunState, suspended_plan
-from undercroft.hypervisor.suspend import discard_state
+from undercroft.hypervisor.state_file import discard_state
 from undercroft.model.checks import check_can_be_saved
 from undercroft.model.errors import (
     GuestAgentError,

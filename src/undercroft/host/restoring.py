@@ -27,7 +27,7 @@ from undercroft.host.outcome import TaskRun, change_status, write
 from undercroft.host.reading import opened, serving
 from undercroft.host.uploads import upload_path
 from undercroft.hypervisor.plan import DiskFormat, DiskLayer
-from undercroft.hypervisor.suspend import discard_state
+from undercroft.hypervisor.state_file import discard_state
 from undercroft.model.backup import Backup, BackupDisk
 from undercroft.model.errors import DataError, StaleError
 from undercroft.model.layer import Layer, LayerState

@@ -24,7 +24,7 @@ from undercroft.host.layers import (
 )
 from undercroft.host.outcome import TaskRun, change_spec, change_status, write
 from undercroft.host.snapshot_files import check_state, restore_state
-from undercroft.hypervisor.suspend import discard_state, link_state
+from undercroft.hypervisor.state_file import discard_state, link_state
 from undercroft.model.errors import DataError, StaleError
 from undercroft.model.layer import Layer
 from undercroft.model.snapshot import Snapshot

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from undercroft.host.environment import Environment
 from undercroft.host.files import remove_tree
-from undercroft.hypervisor.suspend import link_state
+from undercroft.hypervisor.state_file import link_state
 from undercroft.model.errors import DataError
 from undercroft.model.snapshot import Snapshot
 from undercroft.storage.files import sync_directory

@@ -17,11 +17,9 @@ import structlog
 
 from undercroft.host.actor import Outcome, VMActor
 from undercroft.host.environment import Environment
-from undercroft.host.files import remove_tree
-from undercroft.host.folding import finish_folds, fold_layers
+from undercroft.host.forgetting import forget
 from undercroft.host.imaging import reported
 from undercroft.host.layers import (
-    collect_layers,
     get_layer,
     head_layer,
     make_layer,
@@ -29,12 +27,12 @@ from undercroft.host.layers import (
     volume_status,
 )
 from undercroft.host.marks import marks_of
-from undercroft.host.merging import merge_layers
-from undercroft.host.outcome import TaskRun, change_status, to_its_end, unless_hurried, write
+from undercroft.host.outcome import TaskRun, change_status, to_its_end
 from undercroft.host.planning import plan_disks
 from undercroft.host.quiescing import quiescent, thaw_at_last
-from undercroft.host.snapshot_files import copy_state, memory_size, remove_strays
+from undercroft.host.snapshot_files import copy_state, memory_size
 from undercroft.hypervisor.machine import QemuMachine, RunState
+from undercroft.hypervisor.plan import PlanDisk
 from undercroft.model.base import Meta
 from undercroft.model.checks import check_can_be_saved
 from undercroft.model.errors import (
@@ -53,13 +51,12 @@ from undercroft.model.snapshot import (
     SnapshotState,
     SnapshotStatus,
 )
-from undercroft.model.task import Task
 from undercroft.model.vm import VM
 from undercroft.model.volume import Volume
 from undercroft.operations.context import snapshot_scope
 from undercroft.operations.snapshots import already_taken
 from undercroft.storage.threads import in_thread
-from undercroft.store.interface import Claim, Delete, Put, Release, Transaction, update
+from undercroft.store.interface import Claim, Put, Transaction, update
 
 log = structlog.get_logger(__name__)
 
@@ -67,8 +64,7 @@ END_PATIENCE = 5.0  # seconds for a QEMU whose monitor is gone to end
 
 
 async def take(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
-    """Takes a snapshot. The guest goes on meanwhile, unless its memory belongs to it: then it
-    stands still until that is saved."""
+    """Takes a snapshot. The guest goes on meanwhile."""
     done = await taken(actor, vm, run)
 
     def change(record: VM) -> VM:
@@ -98,6 +94,8 @@ async def taken(actor: VMActor, vm: VM, run: TaskRun) -> Snapshot:
     if machine is not None and run.arguments["spec"].get("memory"):
         check_can_be_saved(vm)
     snapshot = await _begin(actor, vm, run)
+    if machine is not None and snapshot.spec.memory and snapshot.status.running:
+        await machine.stop_saving()  # which a daemon that died had begun
     if machine is not None and await _missed(environment, vm, snapshot, machine):
         snapshot = await _renewed(environment, snapshot)
     switched = await _switched(environment, snapshot)
@@ -106,18 +104,20 @@ async def taken(actor: VMActor, vm: VM, run: TaskRun) -> Snapshot:
     if "checkpoint" in run.arguments:
         marks.append(str(run.arguments["checkpoint"]))
     quiet = machine if snapshot.spec.quiesce and not switched else None
+    stood: float | None = None
     try:
         for disk in snapshot.status.disks:
             if disk.next != disk.layer:
                 await make_layer(environment, disk.next, marks=marks)
-        if machine is not None and snapshot.spec.memory and machine.run_state is RunState.RUNNING:
-            await machine.pause()
         if not switched:
             await in_thread(lambda _: copy_state(environment, snapshot))
-        async with quiescent(actor, quiet):
-            await to_its_end(_switch_and_branch(actor, vm, snapshot, machine))
-        if snapshot.spec.memory and snapshot.status.alive:
-            await _save_memory(environment, run, snapshot, machine)
+        if machine is not None and snapshot.spec.memory and machine.run_state is RunState.RUNNING:
+            stood = await _save_live(environment, vm, run, snapshot, machine)
+        else:
+            async with quiescent(actor, quiet):
+                await to_its_end(_switch_and_branch(actor, vm, snapshot, machine))
+            if snapshot.spec.memory and snapshot.status.alive:
+                await _save_memory(environment, run, snapshot, machine)
     finally:
         if going and machine is not None and machine.run_state is RunState.PAUSED:
             with contextlib.suppress(QmpError, TimeLimitError):
@@ -127,6 +127,7 @@ async def taken(actor: VMActor, vm: VM, run: TaskRun) -> Snapshot:
         snapshot.status,
         state=SnapshotState.READY,
         memory=memory,
+        stood_still=stood,
         quiesced=snapshot.spec.quiesce and machine is not None,
     )
     return msgspec.structs.replace(snapshot, status=status)
@@ -222,7 +223,8 @@ async def _begin(actor: VMActor, vm: VM, run: TaskRun) -> Snapshot:
 async def _save_memory(
     environment: Environment, run: TaskRun, snapshot: Snapshot, machine: QemuMachine | None
 ) -> None:
-    """Saves the memory of the guest, which stands still since before its disks branched off.
+    """Saves the memory of a guest that stood still already, or that a daemon that died had stopped
+    for it.
 
     Raises:
         UndercroftError: it could not be saved, or is gone.
@@ -234,6 +236,39 @@ async def _save_memory(
         raise QmpError("the VM ended before its memory was saved", object=snapshot.label)
     async with reported(run) as report:
         await machine.save_memory(path, lambda fraction: report(fraction, "saving the memory"))
+
+
+async def _save_live(
+    environment: Environment, vm: VM, run: TaskRun, snapshot: Snapshot, machine: QemuMachine
+) -> float:
+    """Saves the memory of a guest that goes on, and has its disks branch off just then. For how
+    many seconds it stood still.
+
+    Raises:
+        UndercroftError, OSError: it did not work.
+    """
+    path = environment.snapshot_directory(snapshot) / "memory"
+    await to_its_end(_switch(environment, snapshot, forward=True))
+    disks = await plan_disks(environment, vm)
+    try:
+        async with reported(run) as report:
+            return await machine.save_live(
+                path, disks, lambda fraction: report(fraction, "saving the memory")
+            )
+    except BaseException:
+        await to_its_end(_switch_back(environment, snapshot, machine, disks))
+        raise
+
+
+async def _switch_back(
+    environment: Environment,
+    snapshot: Snapshot,
+    machine: QemuMachine,
+    disks: tuple[PlanDisk, ...],
+) -> None:
+    with contextlib.suppress(QmpError, TimeLimitError):  # if QEMU is gone, either is right
+        if not await machine.branched(disks):
+            await _switch(environment, snapshot, forward=False)
 
 
 async def _switch_and_branch(
@@ -292,95 +327,3 @@ async def undo(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
                     await machine.resume()
         await forget(actor.environment, snapshot)
     return Outcome(lambda record: record)
-
-
-async def forget(environment: Environment, snapshot: Snapshot) -> None:
-    """Removes a snapshot that was not finished, or was only passing."""
-    name = Release(snapshot_scope(snapshot.spec.vm), snapshot.meta.name, snapshot.meta.id)
-    await environment.store.transact(
-        Transaction(
-            deletes=[Delete(Snapshot, snapshot.meta.id)],
-            releases=[] if snapshot.spec.passing else [name],
-        )
-    )
-    await in_thread(lambda _: remove_tree(environment.snapshot_directory(snapshot)))
-    await collect_layers(environment)
-
-
-async def collect_snapshots(environment: Environment) -> None:
-    """Removes snapshots that nobody will finish: those whose task is over all the same."""
-    # In this order: a task is there before the snapshot that it takes.
-    snapshots = [item.record for item in (await environment.store.list(Snapshot)).items]
-    pending = [one for one in snapshots if one.status.state is SnapshotState.PENDING]
-    if not pending:
-        return
-    wanted = {
-        str(item.record.spec.arguments.get("snapshot"))
-        for item in (await environment.store.list(Task)).items
-        if not item.record.status.state.final
-    }
-    for snapshot in pending:
-        if snapshot.meta.id not in wanted:
-            await forget(environment, snapshot)
-
-
-async def sweep_snapshots(environment: Environment) -> None:
-    """Removes what a crash left of snapshots. For the agent, at its start."""
-    await collect_snapshots(environment)
-    known = {item.record.meta.id for item in (await environment.store.list(Snapshot)).items}
-    await in_thread(lambda _: remove_strays(environment.data / "vms", known))
-
-
-# -- forgetting -----------------------------------------------------------------------------
-
-
-async def remove(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
-    """Forgets a snapshot. Others that came from it, and the VM, stay as they are."""
-    environment = actor.environment
-    await run.commit()
-    id, name = str(run.arguments["snapshot"]), str(run.arguments["name"])
-    found = await environment.store.get(Snapshot, id)
-    if found is not None:  # else a daemon died after that
-        snapshot = found.record
-        parent = snapshot.status.parent
-        await write(environment, VM, vm.meta.id, lambda v: _from(v, id, parent))
-        children = [
-            item.record
-            for item in (await environment.store.list(Snapshot)).items
-            if item.record.status.parent == id
-        ]
-        await in_thread(lambda _: remove_tree(environment.snapshot_directory(snapshot)))
-        await environment.store.transact(
-            Transaction(
-                puts=[Put(_child_of(child, parent)) for child in children],
-                deletes=[Delete(Snapshot, id)],
-                releases=[Release(snapshot_scope(vm.meta.id), name, id)],
-            )
-        )
-    await collect_layers(environment)
-    try:
-        await finish_folds(actor, vm, run)
-        await unless_hurried(run, _put_together(actor, vm, run))
-        if run.hurry.is_set() and actor.machine is not None:
-            await actor.machine.give_up_merging()  # an earlier daemon may have begun something
-    except (UndercroftError, OSError) as error:  # the snapshot is gone all the same
-        log.warning("layers were not merged", vm=vm.meta.name, error=str(error))
-    return Outcome(
-        lambda record: record,
-        event="snapshot.removed",
-        message=f"snapshot {name} of {vm.label} was removed",
-    )
-
-
-async def _put_together(actor: VMActor, vm: VM, run: TaskRun) -> None:
-    await fold_layers(actor, vm, run, cheaper=True)
-    await merge_layers(actor, vm, run)
-
-
-def _from(vm: VM, old: str, new: str | None) -> VM:
-    return change_status(vm, snapshot=new) if vm.status.snapshot == old else vm
-
-
-def _child_of(snapshot: Snapshot, parent: str | None) -> Snapshot:
-    status = msgspec.structs.replace(snapshot.status, parent=parent)
-    return msgspec.structs.replace(snapshot, status=status)

@@ -15,11 +15,12 @@ import structlog
 
 from undercroft.host.actor import Outcome, VMActor
 from undercroft.host.environment import Environment
+from undercroft.host.forgetting import forget
 from undercroft.host.identity import leave, prepare, write_facts
 from undercroft.host.layers import collect_layers, get_layer
 from undercroft.host.outcome import TaskRun, change_status
 from undercroft.host.snapshot_files import copy_besides, memory_size
-from undercroft.host.snapshots import forget, taken
+from undercroft.host.snapshots import taken
 from undercroft.host.snapshots import undo as undo_snapshot
 from undercroft.hypervisor.fork import freeze, frozen, frozen_size
 from undercroft.hypervisor.machine import RunState

@@ -12,6 +12,7 @@ import msgspec
 from undercroft.host.actor import Outcome, VMActor
 from undercroft.host.datastores import driver, file_name, layer_file
 from undercroft.host.environment import Environment
+from undercroft.host.forgetting import forget
 from undercroft.host.imaging import reported
 from undercroft.host.layers import (
     collect_layers,
@@ -24,7 +25,7 @@ from undercroft.host.layers import (
 )
 from undercroft.host.merging import flatten_disk
 from undercroft.host.outcome import TaskRun, change_status, finish
-from undercroft.host.snapshots import forget, taken
+from undercroft.host.snapshots import taken
 from undercroft.model.errors import DataError, UndercroftError
 from undercroft.model.layer import Layer, LayerFormat, LayerState
 from undercroft.model.names import new_id

@@ -17,7 +17,7 @@ from undercroft.hypervisor.qmp import Monitor
 from undercroft.hypervisor.secret import give_secret, take_secret
 from undercroft.model.errors import QmpError
 
-__all__ = ["branch", "written_nodes"]
+__all__ = ["Branching", "branch", "written_nodes"]
 
 
 async def written_nodes(monitor: Monitor, disks: Sequence[PlanDisk]) -> list[str]:
@@ -37,6 +37,61 @@ async def written_nodes(monitor: Monitor, disks: Sequence[PlanDisk]) -> list[str
         raise QmpError(f"QEMU of {monitor.name} has no {missing}") from None
 
 
+class Branching:
+    """Disks that are about to be written to other files: those are open, and wait."""
+
+    def __init__(self, monitor: Monitor, disks: Sequence[PlanDisk], nodes: Sequence[str]) -> None:
+        self._monitor = monitor
+        self._disks = disks
+        self._nodes = nodes  # that are written to until now
+        self._sets: dict[str, int] = {}
+
+    @classmethod
+    async def prepare(cls, monitor: Monitor, disks: Sequence[PlanDisk]) -> Branching:
+        """Opens the files that ``disks`` say, but those that are written to already.
+
+        Raises:
+            QmpError, OSError: it did not work; nothing is left of it.
+        """
+        branching = cls(monitor, disks, await written_nodes(monitor, disks))
+        try:
+            await _forget(monitor, [disk.node for _, disk in branching._moving])
+            for _, disk in branching._moving:
+                branching._sets[disk.node] = await _open(monitor, disk)
+        except BaseException:
+            await branching.abandon()
+            raise
+        return branching
+
+    @property
+    def _moving(self) -> list[tuple[str, PlanDisk]]:
+        pairs = zip(self._nodes, self._disks, strict=True)
+        return [(old, disk) for old, disk in pairs if old != disk.node]
+
+    async def commit(self) -> None:
+        """Has the guest write to them from now on, to all from the same moment.
+
+        Raises:
+            QmpError, TimeLimitError: QEMU refuses, or does not tell.
+        """
+        actions = [
+            {"type": "blockdev-snapshot", "data": {"node": old, "overlay": disk.node}}
+            for old, disk in self._moving
+        ]
+        if actions:
+            await self._monitor.execute("transaction", {"actions": actions})
+
+    async def abandon(self) -> None:
+        """Closes them again, unless the guest writes to them."""
+        if not self._moving or not self._monitor.connected:
+            return
+        if await written_nodes(self._monitor, self._disks) == self._nodes:
+            await _forget(self._monitor, list(self._sets))
+            for number in self._sets.values():
+                with contextlib.suppress(QmpError):
+                    await self._monitor.remove_set(number)
+
+
 async def branch(monitor: Monitor, disks: Sequence[PlanDisk]) -> None:
     """Has every disk written to the file that ``disks`` say, all from the same moment on. Those
     that are written to that file already are left alone.
@@ -44,25 +99,11 @@ async def branch(monitor: Monitor, disks: Sequence[PlanDisk]) -> None:
     Raises:
         QmpError, OSError: it did not work; all disks are written to where they were.
     """
-    nodes = await written_nodes(monitor, disks)
-    moving = [(old, disk) for old, disk in zip(nodes, disks, strict=True) if old != disk.node]
-    sets: dict[str, int] = {}
+    branching = await Branching.prepare(monitor, disks)
     try:
-        await _forget(monitor, [disk.node for _, disk in moving])
-        for _, disk in moving:
-            sets[disk.node] = await _open(monitor, disk)
-        actions = [
-            {"type": "blockdev-snapshot", "data": {"node": old, "overlay": disk.node}}
-            for old, disk in moving
-        ]
-        if actions:
-            await monitor.execute("transaction", {"actions": actions})
+        await branching.commit()
     except BaseException:
-        if monitor.connected and moving and await written_nodes(monitor, disks) == nodes:
-            await _forget(monitor, list(sets))
-            for number in sets.values():
-                with contextlib.suppress(QmpError):
-                    await monitor.remove_set(number)
+        await branching.abandon()
         raise
 
 

@@ -100,6 +100,7 @@ def command_line(
         device.add_to(line)
     if plan.incoming is not None:
         line.add("-incoming", "defer")
+        line.add("-S")  # the guest may have run when it was saved; it goes on when it is told to
     return CommandLine(tuple(line.argv), tuple(line.handles))
 
 

@@ -20,7 +20,7 @@ import msgspec
 from undercroft.hypervisor.emulator import Emulator
 from undercroft.hypervisor.machine import QemuMachine
 from undercroft.hypervisor.plan import DiskFormat, MachinePlan, PlanDisk, PlanPort
-from undercroft.hypervisor.suspend import full_message, is_full, link_state, suspended_plan
+from undercroft.hypervisor.state_file import full_message, is_full, link_state, suspended_plan
 from undercroft.model.errors import NoSpaceError, QemuStartError, QmpError
 
 __all__ = ["WORK", "fork_plan", "freeze", "frozen", "frozen_size", "without_forwards"]

@@ -23,15 +23,22 @@ from undercroft.hypervisor.guestagent import GuestAgent
 from undercroft.hypervisor.helper import Batch, GuestHelper
 from undercroft.hypervisor.holding import abandon, start_error, take_hold
 from undercroft.hypervisor.hosttsc import measure_tsc_khz
-from undercroft.hypervisor.launch import Launch, launch, write_plan
+from undercroft.hypervisor.launch import (
+    Launch,
+    launch,
+    write_plan,
+)
+from undercroft.hypervisor.livesave import save_live
 from undercroft.hypervisor.machine_disks import MachineDisks
 from undercroft.hypervisor.measure import measure
+from undercroft.hypervisor.migration import read_from, stop_saving
 from undercroft.hypervisor.output import OutputLog
-from undercroft.hypervisor.plan import MachinePlan, PlanPort, unit_of
+from undercroft.hypervisor.plan import MachinePlan, PlanDisk, PlanPort, unit_of
 from undercroft.hypervisor.publish import publish
 from undercroft.hypervisor.screen import open_vnc, take_screenshot
 from undercroft.hypervisor.session import END_TIMEOUT
 from undercroft.hypervisor.state import (
+    STOPPED,
     EventHandler,
     ExitReport,
     MachineEvent,
@@ -39,14 +46,8 @@ from undercroft.hypervisor.state import (
     RunState,
     needs,
 )
-from undercroft.hypervisor.suspend import (
-    discard_state,
-    load_state,
-    save_devices,
-    save_state,
-    stop_saving,
-    suspended_plan,
-)
+from undercroft.hypervisor.state_file import discard_state, suspended_plan
+from undercroft.hypervisor.suspend import save_devices, save_state
 from undercroft.model.errors import (
     GuestAgentError,
     QmpError,
@@ -78,7 +79,6 @@ _ALIVE = (
     RunState.INCOMING,
     RunState.SUSPENDING,
 )
-_STOPPED = (RunState.PAUSED, RunState.IO_ERROR)
 
 
 class QemuMachine(MachineDisks):
@@ -140,7 +140,7 @@ class QemuMachine(MachineDisks):
                 await self.limit(unit_of(disk, index), disk.limits)
         if self.plan.incoming is not None:
             state = Path(self.plan.incoming)
-            await load_state(self._monitor, state, apart=self.forked)
+            await read_from(self._monitor, state, apart=self.forked)
             if not hold:
                 going = asyncio.ensure_future(self._let_go(state))
                 try:
@@ -244,7 +244,7 @@ class QemuMachine(MachineDisks):
         await self._monitor.execute("stop")
         self._set_state(RunState.PAUSED)
 
-    @needs(*_STOPPED)
+    @needs(*STOPPED)
     async def resume(self) -> None:
         """Lets them go on (also after an I/O error, which comes again if nothing changed)."""
         await self._monitor.execute("cont")
@@ -264,11 +264,11 @@ class QemuMachine(MachineDisks):
         agent = self._need_agent()
         await agent.shutdown(timeout)
 
-    @needs(RunState.RUNNING, *_STOPPED)
+    @needs(RunState.RUNNING, *STOPPED)
     async def reset(self) -> None:
         """Presses reset."""
         await self._monitor.execute("system_reset")
-        if self.run_state in _STOPPED:
+        if self.run_state in STOPPED:
             await self._monitor.execute("cont")
 
     async def quit(self, timeout: float = END_TIMEOUT) -> ExitReport:
@@ -283,7 +283,7 @@ class QemuMachine(MachineDisks):
         self._process.signal(signal.SIGKILL)
         return await self.wait_exit()
 
-    @needs(RunState.RUNNING, *_STOPPED)
+    @needs(RunState.RUNNING, *STOPPED)
     async def suspend(
         self, path: Path, progress: Callable[[float], None] | None = None
     ) -> ExitReport:
@@ -311,7 +311,7 @@ class QemuMachine(MachineDisks):
         self._asked = "suspended"
         return await self.quit()
 
-    @needs(*_STOPPED)
+    @needs(*STOPPED)
     async def save_memory(
         self, path: Path, progress: Callable[[float], None] | None = None
     ) -> None:
@@ -329,9 +329,38 @@ class QemuMachine(MachineDisks):
             if self.run_state is RunState.SUSPENDING:
                 self._set_state(before)
 
-    @needs(*_STOPPED)
+    @needs(RunState.RUNNING)
+    async def save_live(
+        self,
+        path: Path,
+        disks: tuple[PlanDisk, ...],
+        progress: Callable[[float], None] | None = None,
+    ) -> float:
+        """Writes the state of a guest that goes on meanwhile, as `save_memory` does, and has its
+        disks branch off (`branch`) at the moment that the state is of. For how many seconds it
+        stood still.
+
+        Raises:
+            NoSpaceError, QmpError, TimeLimitError, OSError: it did not work; there is no file
+                (whether the disks have branched off, `branched` tells).
+        """
+        plan = msgspec.structs.replace(self.plan, disks=disks)
+        self._brief = True
+        try:
+            return await save_live(self._monitor, plan, path, disks, self._going, progress)
+        finally:
+            self._brief = False
+            with contextlib.suppress(QmpError, TimeLimitError):
+                if await self.branched(disks):
+                    await self._became(disks=disks)
+                await self._learn_state()
+
+    def _going(self) -> bool:
+        return self.run_state is RunState.RUNNING
+
+    @needs(RunState.RUNNING, *STOPPED)
     async def stop_saving(self) -> None:
-        """Has QEMU give up what a `save_memory` began that nobody follows any more.
+        """Has QEMU give up what a `save_memory` or `save_live` began that nobody follows any more.
 
         Raises:
             QmpError, TimeLimitError: it does not.

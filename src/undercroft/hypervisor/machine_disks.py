@@ -24,14 +24,14 @@ from undercroft.hypervisor.medium import change_medium, check_medium
 from undercroft.hypervisor.merge import absorb, give_up_jobs
 from undercroft.hypervisor.plan import DiskLayer, PlanCdrom, PlanDisk, unit_of
 from undercroft.hypervisor.session import MachineSession
-from undercroft.hypervisor.state import RunState, needs
+from undercroft.hypervisor.state import STOPPED, RunState, needs
 from undercroft.model.errors import UndercroftError
 from undercroft.model.vm import DiskBus
 from undercroft.model.volume import IOLimits
 
 __all__ = ["MachineDisks"]
 
-_STARTED = (RunState.RUNNING, RunState.PAUSED, RunState.IO_ERROR)
+_STARTED = (RunState.RUNNING, *STOPPED)
 
 
 class MachineDisks(MachineSession):

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 from qemu.qmp import (
@@ -78,7 +78,9 @@ class Monitor:
         on_close: Callable[[], None],
     ) -> None:
         self.name = name
-        self._client = _Client(on_event, on_close)
+        self._on_event = on_event
+        self._watchers: dict[asyncio.Queue[MonitorEvent], frozenset[str]] = {}
+        self._client = _Client(self._see, on_close)
         self._socket: socket.socket | None = None
         self._descriptors = asyncio.Lock()
         # A failing connect() disconnects by itself, and the library cannot do that twice at once.
@@ -139,6 +141,23 @@ class Monitor:
             raise QmpError(
                 f"the monitor of {self.name} went away during {command}", command=command
             ) from error
+
+    @contextlib.contextmanager
+    def watching(self, *names: str) -> Iterator[asyncio.Queue[MonitorEvent]]:
+        """Inside the block: a queue of the events of these names, which ``on_event`` has seen
+        before. (Not for events that a guest can make at will: nothing bounds it.)"""
+        queue: asyncio.Queue[MonitorEvent] = asyncio.Queue()
+        self._watchers[queue] = frozenset(names)
+        try:
+            yield queue
+        finally:
+            del self._watchers[queue]
+
+    def _see(self, event: MonitorEvent) -> None:
+        self._on_event(event)
+        for queue, names in self._watchers.items():
+            if event["event"] in names:
+                queue.put_nowait(event)
 
     async def give(self, descriptor: int, name: str) -> None:
         """Hands a descriptor to QEMU (SCM_RIGHTS), to be used by ``name`` (``getfd``)."""

@@ -77,6 +77,7 @@ class MachineSession:
         self._watcher: asyncio.Task[ExitReport] | None = None
         self._ending: asyncio.Task[None] | None = None
         self._detached = False
+        self._brief = False  # the guest is to stand still for milliseconds, which is no pause
 
     @property
     def name(self) -> str:
@@ -162,7 +163,7 @@ class MachineSession:
     def _handle(self, event: MonitorEvent) -> None:
         data: Mapping[str, Any] = event.get("data", {})
         match event["event"]:
-            case "STOP":
+            case "STOP" if not self._brief:
                 if self.run_state in (RunState.RUNNING, RunState.INCOMING):
                     self._set_state(RunState.PAUSED)
             case "RESUME":

@@ -10,7 +10,15 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
 from undercroft.model.base import Model
 from undercroft.model.errors import WrongStateError
 
-__all__ = ["EventHandler", "ExitReport", "MachineEvent", "MachineStats", "RunState", "needs"]
+__all__ = [
+    "STOPPED",
+    "EventHandler",
+    "ExitReport",
+    "MachineEvent",
+    "MachineStats",
+    "RunState",
+    "needs",
+]
 
 
 class RunState(StrEnum):
@@ -32,6 +40,10 @@ class RunState(StrEnum):
             return cls(status)
         except ValueError:
             return cls.PAUSED
+
+
+STOPPED = (RunState.PAUSED, RunState.IO_ERROR)
+"""A guest whose processors stand still, and can go on."""
 
 
 class MachineEvent(Model, frozen=True, kw_only=True):

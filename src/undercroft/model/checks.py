@@ -127,6 +127,20 @@ def check_can_be_saved(vm: VM) -> None:
         )
 
 
+def check_moment(memory: bool, quiesce: bool) -> None:
+    """Does nothing if what is to be kept of a VM can be kept of one moment.
+
+    Raises:
+        InvalidError: it cannot.
+    """
+    if memory and quiesce:
+        raise InvalidError(
+            "a guest is either kept with its memory, which has what its file systems have yet to "
+            "write, or has them in order (quiesced); not both",
+            action="leave out one of the two",
+        )
+
+
 def _check_disks(spec: VMSpec) -> None:
     if len(spec.disks) > MAX_DISKS:
         raise InvalidError(f"a VM has at most {MAX_DISKS} disks")

@@ -40,7 +40,8 @@ class SnapshotSpec(Spec, frozen=True, kw_only=True):
 class SnapshotStatus(Model, frozen=True, kw_only=True):
     """What it is. ``parent`` (an id) is the snapshot that the VM had come from; ``shape`` what the
     VM was like; ``alive`` whether it was switched on, ``running`` whether its processors ran;
-    ``memory``: bytes of its saved memory, 0 if it has none."""
+    ``memory``: bytes of its saved memory, 0 if it has none; ``stood_still``: for how many seconds
+    the guest did while that was saved, None if nobody stopped it."""
 
     state: SnapshotState = SnapshotState.PENDING
     parent: str | None = None
@@ -50,6 +51,7 @@ class SnapshotStatus(Model, frozen=True, kw_only=True):
     running: bool = False
     quiesced: bool = False
     memory: int = 0
+    stood_still: float | None = None
 
 
 class Snapshot(Record, frozen=True, kw_only=True):

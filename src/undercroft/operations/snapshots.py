@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from undercroft.model.checks import check_can_be_saved
+from undercroft.model.checks import check_can_be_saved, check_moment
 from undercroft.model.errors import (
     AlreadyExistsError,
     InvalidError,
@@ -90,6 +90,7 @@ class SnapshotOperations:
             raise InvalidError(f"a description has at most {MAX_DESCRIPTION} characters")
         if request.name is not None:
             check_name(request.name, "snapshot")
+        check_moment(request.memory, request.quiesce)
 
         async def prepare(vm: VM, volumes: Volumes) -> tuple[VM, dict[str, object]]:
             if request.memory and vm.status.state.alive:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from undercroft.model.base import Meta
-from undercroft.model.checks import check_can_be_saved
+from undercroft.model.checks import check_can_be_saved, check_moment
 from undercroft.model.errors import AlreadyExistsError, InvalidError, StaleError, WrongStateError
 from undercroft.model.names import check_name, new_id
 from undercroft.model.requests import CloneRequest, TemplateCreate
@@ -72,6 +72,7 @@ class TemplateOperations:
         check_name(request.name, "image")  # with a tag, as an image has: debian:12-warm
         if len(request.description) > MAX_DESCRIPTION:
             raise InvalidError(f"a description has at most {MAX_DESCRIPTION} characters")
+        check_moment(request.memory, request.quiesce)
         context = self._context
         for _ in range(ATTEMPTS):
             found = await find(context.store, VM, request.source)

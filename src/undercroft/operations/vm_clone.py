@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from undercroft.model.base import Meta, Record
-from undercroft.model.checks import check_can_be_saved, check_vm_spec
+from undercroft.model.checks import check_can_be_saved, check_moment, check_vm_spec
 from undercroft.model.errors import (
     AlreadyExistsError,
     DataError,
@@ -81,6 +81,7 @@ async def clone_vm(context: Context, caller: Caller, ref: str, request: CloneReq
             )
         mode = request.mode or CloneMode.LINKED
         instant = mode is CloneMode.INSTANT
+        check_moment(instant, request.quiesce)
         if instant and not vm.status.state.alive:
             raise WrongStateError(
                 f"{vm.label} is {vm.status.state}: an instant clone goes on from what its source "

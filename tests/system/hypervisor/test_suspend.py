@@ -11,7 +11,7 @@ import pytest
 
 from tests.system.hypervisor.lab import Guest, Lab, eventually, fill
 from undercroft.hypervisor.machine import QemuMachine, RunState, suspended_plan
-from undercroft.hypervisor.suspend import discard_state
+from undercroft.hypervisor.state_file import discard_state
 from undercroft.model.errors import DataCorruptError, NoSpaceError
 
 

@@ -161,13 +161,29 @@ class FakeMachine:
     ) -> None:
         self._need(RunState.PAUSED, RunState.IO_ERROR)
         await self._call("save_memory")
+        self._write(path)
+
+    def _write(self, path: Path) -> None:
         if self.over:
             raise QmpError("it is gone")
         path.with_name(path.name + ".plan").write_bytes(msgspec.json.encode(self.plan))
         path.write_text(json.dumps(self.nodes))
 
+    async def save_live(
+        self,
+        path: Path,
+        disks: tuple[PlanDisk, ...],
+        progress: Callable[[float], None] | None = None,
+    ) -> float:
+        self._need(RunState.RUNNING)
+        await self._call("save_live")
+        self.nodes = [disk.node for disk in disks]
+        await self._call("publish_state")
+        self._write(path)
+        return 0.004
+
     async def stop_saving(self) -> None:
-        self._need(RunState.PAUSED, RunState.IO_ERROR)
+        self._need(RunState.RUNNING, RunState.PAUSED, RunState.IO_ERROR)
 
     async def absorb(
         self,

@@ -98,6 +98,7 @@ async def test_no_guest_goes_on_before_it_is_known_where_it_writes(rig: Rig) -> 
     assert (await rig.final(task)).status.state is TaskState.SUCCEEDED
     assert machine.run_state is RunState.RUNNING
     assert heads == machine.nodes
+    assert len(await rig.world.all(Layer)) == 1
 
 
 async def test_what_could_not_be_ended_in_order_is_written_down_all_the_same(rig: Rig) -> None:
@@ -111,3 +112,4 @@ async def test_what_could_not_be_ended_in_order_is_written_down_all_the_same(rig
     (volume,) = await rig.world.all(Volume)
     assert machine.nodes == [f"{volume.status.head}.0"]
     assert machine.run_state is RunState.RUNNING
+    assert len(await rig.world.all(Layer)) == 1

@@ -12,7 +12,7 @@ import pytest
 from tests.unit.host.acting import FORCE, blocked, running
 from tests.unit.host.rig import Rig, adoptable
 from undercroft.host import quiescing, snapshots
-from undercroft.host.snapshots import collect_snapshots, sweep_snapshots
+from undercroft.host.forgetting import collect_snapshots, sweep_snapshots
 from undercroft.hypervisor.machine import RunState
 from undercroft.model.errors import NoSpaceError, QmpError
 from undercroft.model.layer import Layer
@@ -66,7 +66,7 @@ async def test_a_full_disk_leaves_nothing(rig: Rig, monkeypatch: pytest.MonkeyPa
 
 async def test_saving_memory_is_cancelled_by_who_pulls_the_plug(rig: Rig) -> None:
     await running(rig)
-    began, _ = blocked(rig, "save_memory")
+    began, _ = blocked(rig, "save_live")
     task = await ask(rig, MEMORY)
     await began.wait()
     stop = await rig.world.operations.vms.stop(SYSTEM, "web1", FORCE)
@@ -77,7 +77,7 @@ async def test_saving_memory_is_cancelled_by_who_pulls_the_plug(rig: Rig) -> Non
 
 async def test_saving_memory_can_be_cancelled(rig: Rig) -> None:
     machine = await running(rig)
-    began, _ = blocked(rig, "save_memory")
+    began, _ = blocked(rig, "save_live")
     task = await ask(rig, MEMORY)
     await began.wait()
     await rig.world.operations.tasks.cancel(SYSTEM, task.meta.id)
@@ -90,7 +90,7 @@ async def test_saving_memory_can_be_cancelled(rig: Rig) -> None:
 async def test_branching_off_is_not_left_half_done(rig: Rig) -> None:
     machine = await running(rig)
     began, go = blocked(rig, "branch")
-    task = await ask(rig, MEMORY)
+    task = await ask(rig, SnapshotCreate(name="one"))
     await began.wait()
     await rig.world.operations.tasks.cancel(SYSTEM, task.meta.id)
     await asyncio.sleep(0.05)
@@ -101,11 +101,28 @@ async def test_branching_off_is_not_left_half_done(rig: Rig) -> None:
     assert machine.nodes == [f"{volume.status.head}.0"]
 
 
+async def test_disks_that_did_not_branch_off_are_not_said_to_have(rig: Rig) -> None:
+    machine = await running(rig)
+    (before,) = await rig.world.all(Volume)
+
+    async def refuse() -> None:
+        raise QmpError("no")
+
+    rig.hypervisor.hooks["save_live"] = refuse
+    done = await rig.final(await ask(rig, MEMORY))
+    assert done.status.state is TaskState.FAILED
+    await assert_nothing_of_it(rig)
+    (volume,) = await rig.world.all(Volume)
+    assert volume.status.head == before.status.head
+    assert machine.nodes == [f"{volume.status.head}.0"]
+    assert machine.run_state is RunState.RUNNING
+
+
 async def test_memory_goes_with_its_disks_when_the_daemon_ended_in_between(rig: Rig) -> None:
     """A daemon that is told to end lets the guest go on; its memory of later does not go with its
     disks of before."""
     machine = await running(rig)
-    began, go = blocked(rig, "save_memory")
+    began, go = blocked(rig, "publish_state")
     task = await ask(rig, MEMORY)
     await began.wait()
     before = list(machine.nodes)
@@ -122,7 +139,7 @@ async def test_memory_goes_with_its_disks_when_the_daemon_ended_in_between(rig: 
 
 async def test_cancelled_while_there_was_no_daemon(rig: Rig) -> None:
     machine = await running(rig)
-    began, go = blocked(rig, "save_memory")
+    began, go = blocked(rig, "save_live")
     task = await ask(rig, MEMORY)
     await began.wait()
     adoptable(rig, machine)

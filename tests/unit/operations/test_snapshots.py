@@ -15,7 +15,7 @@ from undercroft.model.errors import (
     WrongStateError,
 )
 from undercroft.model.names import new_id
-from undercroft.model.requests import RevertRequest, SnapshotCreate
+from undercroft.model.requests import RevertRequest, SnapshotCreate, TemplateCreate
 from undercroft.model.snapshot import Snapshot, SnapshotSpec, SnapshotState, SnapshotStatus
 from undercroft.model.vm import VM, Power
 from undercroft.operations.access import SYSTEM, VIEW, Caller
@@ -36,6 +36,16 @@ async def taken(world: World, vm: VM, name: str, **status: object) -> Snapshot:
     claim = Claim(snapshot_scope(vm.meta.id), name, snapshot.meta.id)
     await world.context.store.transact(Transaction(claims=[claim], puts=[Put(snapshot)]))
     return snapshot
+
+
+async def test_memory_and_quiescence_do_not_go_together(world: World) -> None:
+    await world.created("web1")
+    request = SnapshotCreate(memory=True, quiesce=True)
+    with pytest.raises(InvalidError, match="not both"):
+        await world.operations.snapshots.create(SYSTEM, "web1", request)
+    template = TemplateCreate(name="warm", source="web1", memory=True, quiesce=True)
+    with pytest.raises(InvalidError, match="not both"):
+        await world.operations.templates.create(SYSTEM, template)
 
 
 async def test_a_name_is_chosen_where_none_is_given(world: World) -> None:
