@@ -212,8 +212,7 @@ async def changes(
             before = next(
                 (one.size for one in since.status.disks if one.volume == volume), reader.size
             )
-            if before < reader.size:
-                parts = [*(parts or ()), (before, reader.size - before)]
+            parts = with_grown(parts or (), before, reader.size)
         found: list[ChangedExtent] = []
         for offset, length in rounded(parts or (), reader.size):
             stop.check()
@@ -227,6 +226,13 @@ async def changes(
 
     volume = checkpoint.status.disks[disk].volume
     return await with_disk(environment, vm, checkpoint, disk, since, work)
+
+
+def with_grown(parts: Iterable[tuple[int, int]], before: int, size: int) -> list[tuple[int, int]]:
+    """Parts (offset, length; ascending) together with what a disk has grown by, of which some may
+    have been written to already."""
+    grown = [(before, size - before)] if before < size else []
+    return sorted([*parts, *grown])
 
 
 def _with_zeroes(

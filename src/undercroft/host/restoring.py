@@ -127,6 +127,7 @@ class Restored:
     volume: str
     path: Path
     size: int
+    encrypted: bool
 
 
 class Restoring:
@@ -207,7 +208,8 @@ class Restoring:
         path = store.half()
         self._made.append(path)
         key: Path | None = None
-        if volume is not None and volume.record.spec.encrypted:
+        encrypted = disk.encrypted or (volume is not None and volume.record.spec.encrypted)
+        if encrypted:
             key = await asyncio.to_thread(environment.keys.make, path.name)
         await create_volume(path, disk.size, tmp=path.parent, key=key)
         layer = DiskLayer(
@@ -230,7 +232,7 @@ class Restoring:
                     client.flush()
 
             await in_thread(copy)
-        return Restored(id, path, disk.size)
+        return Restored(id, path, disk.size, encrypted)
 
     def _content(self, disk: BackupDisk) -> Any:
         return read_disk(self.get, self.backup, disk, lenient=self._lenient)
@@ -246,7 +248,7 @@ async def _become(environment: Environment, restored: Sequence[Restored]) -> Non
                 environment,
                 one.size,
                 datastore=await _datastore(environment, found),
-                encrypted=found.record.spec.encrypted,
+                encrypted=one.encrypted,
             )
             store = await driver(environment, layer.spec.datastore)
             await environment.store.transact(Transaction(puts=[Put(layer)]))
@@ -261,7 +263,9 @@ async def _become(environment: Environment, restored: Sequence[Restored]) -> Non
             for one, layer in zip(restored, ready, strict=True):
                 found = await _volume(environment, one.volume)
                 wanted = volume_status(found.record, head=layer.meta.id, state=VolumeState.READY)
-                spec = msgspec.structs.replace(wanted.spec, size=one.size, image=None)
+                spec = msgspec.structs.replace(
+                    wanted.spec, size=one.size, image=None, encrypted=one.encrypted
+                )
                 checks.append(Check(Volume, one.volume, found.revision))
                 puts.append(Put(msgspec.structs.replace(wanted, spec=spec)))
             with contextlib.suppress(StaleError):

@@ -11,9 +11,12 @@ import pytest
 from tests.system.host.incarnation import Incarnation
 from undercroft.model.backup import BackupCreate, RestoreRequest
 from undercroft.model.errors import UndercroftError
+from undercroft.model.names import new_id
 from undercroft.model.requests import (
+    DatastoreCreate,
     RevertRequest,
     SnapshotCreate,
+    StopRequest,
     VMCreate,
     VolumeAttach,
     VolumeClone,
@@ -120,4 +123,66 @@ def test_what_is_encrypted_does_not_go_into_what_is_not(
     daemon.ask("do", "backups.create", "b", request)
     daemon.ask("peace")
     assert daemon.ask("encrypted", daemon.ask("disk_head", "b", 1))
+    assert daemon.ask("findings") == []
+
+    # Nor does it when it is restored over what is not.
+    daemon.ask("do", "volumes.create", VolumeCreate(name="plain", size=8 * MIB))
+    daemon.ask("do", "volumes.attach", "plain", VolumeAttach(vm="a"))
+    daemon.ask("do", "volumes.create", VolumeCreate(name="other", size=8 * MIB))
+    daemon.ask("do", "volumes.attach", "other", VolumeAttach(vm="a"))
+    over = RestoreRequest(repository=request.repository, backup="b", over="a", force=True)
+    daemon.ask("do", "backups.restore", over)
+    assert [daemon.ask("encrypted", daemon.ask("disk_head", "a", index)) for index in (0, 1)] == [
+        False,
+        True,
+    ]
+    daemon.ask("do", "vms.start", "a")
+    daemon.ask("running", "a")
+    assert daemon.ask("findings") == []
+
+
+def test_a_clone_of_a_read_only_disk_that_is_in_use(daemon: Incarnation) -> None:
+    daemon.ask("write", "a", ["write -P 1 0 64k"])
+    move(daemon, "b", read_only=True)
+    daemon.ask("do", "vms.start", "b")
+    daemon.ask("running", "b")
+    daemon.ask("do", "volumes.clone", "a-boot", VolumeClone(name="copy"))
+    daemon.ask("do", "vms.stop", "b", StopRequest(force=True))
+    move(daemon, "a")
+    daemon.ask("write", "a", ["write -P 2 0 64k"])
+    daemon.ask("do", "volumes.detach", "a-boot")
+    daemon.ask("do", "volumes.attach", "copy", VolumeAttach(vm="a"))
+    assert daemon.ask("read", "head", "a", [0], 4096) == [1]
+    assert daemon.ask("findings") == []
+
+
+def test_files_of_others_in_a_datastore_stay(daemon: Incarnation, data: Path) -> None:
+    place = data.parent / "place"
+    daemon.ask("do", "datastores.create", DatastoreCreate(name="place", path=str(place)))
+    ours, theirs = place / f"{new_id('layer')}.qcow2", place / "debian.qcow2"
+    ours.touch()
+    theirs.touch()
+    daemon.ask("do", "hosts.check_volumes", True)
+    assert theirs.exists()
+    assert not ours.exists()
+
+
+def test_layers_of_a_read_only_disk_are_put_together_while_it_is_in_use(
+    daemon: Incarnation,
+) -> None:
+    daemon.ask("write", "a", ["write -P 1 0 64k"])
+    move(daemon, "b", read_only=True)
+    daemon.ask("do", "snapshots.create", "b", SnapshotCreate(name="s1"))
+    move(daemon, "a")
+    daemon.ask("write", "a", ["write -P 2 0 4k"])
+    move(daemon, "b", read_only=True)
+    daemon.ask("do", "vms.start", "b")
+    daemon.ask("running", "b")
+    daemon.ask("do", "snapshots.remove", "b", "s1")
+    head = daemon.ask("disk_head", "b", 1)
+    daemon.ask("do", "vms.stop", "b", StopRequest(force=True))
+    move(daemon, "a")
+    assert daemon.ask("disk_head", "a", 0) == head
+    assert daemon.ask("depth", "a") == 1
+    assert daemon.ask("read", "head", "a", [0, 8192], 4096) == [2, 1]
     assert daemon.ask("findings") == []

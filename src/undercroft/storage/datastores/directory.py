@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ __all__ = ["MARKER", "DirectoryDriver", "forget", "prepare"]
 MARKER = ".undercroft-datastore"
 HALF = ".half"
 _FORMATS = (".qcow2", ".raw")
+_OURS = re.compile(r"layer-[0-9a-z]+\.(?:qcow2|raw)")  # somebody may put other files there, too
 
 
 class DirectoryDriver:
@@ -127,7 +129,7 @@ class DirectoryDriver:
         """See `Driver.names`."""
         await self.check()
         found = await asyncio.to_thread(os.listdir, self._path)
-        return sorted(name for name in found if name.endswith(_FORMATS))
+        return sorted(name for name in found if _OURS.fullmatch(name))
 
     async def space(self) -> Space:
         """See `Driver.space`."""
