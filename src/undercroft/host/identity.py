@@ -55,6 +55,13 @@ _SIOCSIFHWADDR, _ARPHRD_ETHER = 0x8924, 1
 _BOOT_FILE = b"/run/.undercroft-boot-id\0"
 _BOOT_ID = b"/proc/sys/kernel/random/boot_id\0"
 _SEED = 64  # bytes of new randomness
+# What a guest says of itself is believed as far as it makes sense.
+_FILES = ("/etc/machine-id", "/var/lib/dbus/machine-id", "/etc/hostname")
+_KEY = re.compile("/etc/ssh/ssh_host_[a-z0-9_]{1,32}_key")
+_MOST_KEYS = 8
+_LONGEST = 255  # characters of anything
+_CLOUD = re.compile("/[!-~]{1,256}/[!-.0-~]{1,255}")
+_ID = re.compile("[0-9]{1,10}")
 
 _LOOK = r"""
 PATH=/usr/sbin:/usr/bin:/sbin:/bin
@@ -141,7 +148,8 @@ async def prepare(machine: QemuMachine) -> GuestFacts | None:
 
 async def _hold(helper: GuestHelper, facts: GuestFacts) -> GuestFacts:
     """Has the helper open beforehand what clones will need. The boot id is the same as before, but
-    comes from a file from now on."""
+    comes from a file from now on. That stays: over one that is gone nothing can be mounted, as is
+    done in a clone that is cloned."""
     batch = Batch()
     random = batch.call(_OPEN, b"/dev/urandom\0", _O_WRONLY | _O_CLOEXEC)
     socket = batch.call(_SOCKET, 2, 2 | _O_CLOEXEC, 0)
@@ -149,7 +157,6 @@ async def _hold(helper: GuestHelper, facts: GuestFacts) -> GuestFacts:
     content = f"{facts.boot}\n".encode()
     batch.call(_WRITE, boot, content, len(content))
     bound = batch.call(_MOUNT, _BOOT_FILE, _BOOT_ID, b"none\0", _MS_BIND, 0)
-    batch.call(_UNLINK, _BOOT_FILE)
     batch.call(_UNLINK, facts.program.encode() + b"\0")
     await helper.send(batch)
     results = await helper.receive(batch, PREPARATION)
@@ -188,13 +195,13 @@ def parse(text: str) -> GuestFacts | None:
             interfaces[mac] = name
     hosts = "".join(f"{line}\n" for line in values.get("hosts", ()))
     return GuestFacts(
-        hostname=values.get("hostname", [""])[0],
-        program=values["helper"][0],
-        boot=values.get("boot", [""])[0],
+        hostname=values.get("hostname", [""])[0][:_LONGEST],
+        program=values["helper"][0][:_LONGEST],
+        boot=values.get("boot", [""])[0][:_LONGEST],
         interfaces=interfaces,
-        files=tuple(values.get("file", ())),
-        keys=tuple(key for key in values.get("key", ()) if key.startswith("/etc/ssh/")),
-        cloud=next(iter(values.get("cloud", ())), None),
+        files=tuple(file for file in _FILES if file in values.get("file", ())),
+        keys=tuple(key for key in values.get("key", ()) if _KEY.fullmatch(key))[:_MOST_KEYS],
+        cloud=next((path for path in values.get("cloud", ()) if _CLOUD.fullmatch(path)), None),
         systemd="systemd" in values,
         hosts=hosts if len(hosts) <= _MAX_HOSTS else "",
         users=dict(_user(entry) for entry in values.get("user", ())),
@@ -203,7 +210,7 @@ def parse(text: str) -> GuestFacts | None:
 
 def _user(entry: str) -> tuple[str, tuple[int, int, str]]:
     name, uid, gid, home = (*entry.split(" ", 3), "", "", "")[:4]
-    if not uid.isdigit() or not gid.isdigit() or not home.startswith("/"):
+    if not _ID.fullmatch(uid) or not _ID.fullmatch(gid) or not home.startswith("/"):
         return name, (0, 0, "/nonexistent")
     return name, (int(uid), int(gid), home)
 
@@ -326,7 +333,7 @@ def _rename_hosts(steps: Steps, facts: GuestFacts, name: str) -> None:
         return
     old = re.compile(rf"(?<=\s){re.escape(facts.hostname)}(?![\w-])")
     hosts = old.sub(lambda _: name, facts.hosts)
-    if hosts != facts.hosts:
+    if hosts != facts.hosts and len(hosts) <= 2 * _MAX_HOSTS:
         steps.put("/etc/hosts", hosts)
 
 

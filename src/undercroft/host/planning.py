@@ -44,10 +44,11 @@ def vm_uuid(id: str) -> str:
     return str(uuid.uuid5(_NAMESPACE, id))
 
 
-def generation_id(id: str, salt: str = "") -> str:
-    """The VM generation id (Microsoft, "Virtual Machine Generation ID"): new when ``salt`` is,
-    which it must be whenever a VM becomes another individual."""
-    return str(uuid.uuid5(_NAMESPACE, f"generation/{id}/{salt}"))
+def generation_id(vm: VM) -> str:
+    """The VM generation id (Microsoft, "Virtual Machine Generation ID"): another one for each VM,
+    and whenever it has gone back to what it was before."""
+    returns = vm.status.returns or ""
+    return str(uuid.uuid5(_NAMESPACE, f"generation/{vm.meta.id}/{returns}"))
 
 
 async def make_plan(environment: Environment, vm: VM, seed: Path | None) -> MachinePlan:
@@ -101,7 +102,7 @@ async def make_plan(environment: Environment, vm: VM, seed: Path | None) -> Mach
         helper=spec.arch in HELPER_ARCHITECTURES,
         hot_ports=0 if spec.machine is Machine.MICROVM else HOT_PORTS,
         scsi=any(disk.bus is DiskBus.SCSI for disk in spec.disks),
-        vmgenid=generation_id(vm.meta.id),
+        vmgenid=generation_id(vm),
         uid=vm.status.uid,
         gid=vm.status.uid,
         generation=vm.meta.generation,

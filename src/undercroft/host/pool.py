@@ -14,13 +14,13 @@ import structlog
 
 from undercroft.host.environment import Environment
 from undercroft.host.memory import free_memory
-from undercroft.model.errors import NotFoundError, UndercroftError
+from undercroft.model.errors import UndercroftError
 from undercroft.model.template import Template
 from undercroft.model.units import GiB
 from undercroft.model.vm import VM, VMState
 from undercroft.operations.context import Context
 from undercroft.operations.held import POOL, prepare
-from undercroft.operations.vm_change import remove
+from undercroft.operations.vm_change import discard
 
 log = structlog.get_logger(__name__)
 
@@ -101,7 +101,7 @@ class Pool:
             vm = found.record
             ready = vm.tasks or (vm.status.held and vm.status.state is VMState.CREATING)
             if gone or not ready:
-                await self._remove(id)
+                await discard(self._context, POOL, id)
             else:
                 kept.append(id)
         self._held[template] = kept
@@ -130,7 +130,3 @@ class Pool:
             if not found.record.tasks or not found.record.spec.passing:
                 return bool(found.record.status.held) or not found.record.spec.passing
             await asyncio.sleep(LOOK)
-
-    async def _remove(self, id: str) -> None:
-        with contextlib.suppress(NotFoundError):
-            await remove(self._context, POOL, id, force=True)

@@ -11,7 +11,7 @@ import msgspec
 from undercroft.host.actor import Outcome, VMActor
 from undercroft.host.exits import explain
 from undercroft.host.outcome import TaskRun, change_spec, change_status, write
-from undercroft.host.planning import make_plan, make_seed, plan_cdroms, plan_disks
+from undercroft.host.planning import generation_id, make_plan, make_seed, plan_cdroms, plan_disks
 from undercroft.hypervisor.machine import ExitReport, QemuMachine, RunState, suspended_plan
 from undercroft.hypervisor.state_file import discard_state
 from undercroft.model.checks import check_can_be_saved
@@ -92,6 +92,7 @@ async def _from_saved(actor: VMActor, vm: VM, saved: Path) -> QemuMachine:
         incoming=str(saved),
         name=vm.meta.name,
         generation=vm.meta.generation,
+        vmgenid=generation_id(vm) if plan.vmgenid is not None else None,
         disks=await plan_disks(environment, vm),
         cdroms=await plan_cdroms(vm),
     )

@@ -108,6 +108,7 @@ async def restore_over(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
             agent=None,
             message=None,
             snapshot=None,
+            returns=record.status.returns + 1,
         )
 
     restored = await write(environment, VM, vm.meta.id, change)

@@ -161,7 +161,8 @@ def _shaped(record: VM, snapshot: Snapshot) -> VM:
     if shaped != record:
         meta = msgspec.structs.replace(record.meta, generation=record.meta.generation + 1)
         record = msgspec.structs.replace(shaped, meta=meta)
-    return change_status(record, state=VMState.STOPPED, instance=None)
+    returns = record.status.returns + 1
+    return change_status(record, state=VMState.STOPPED, instance=None, returns=returns)
 
 
 def _gone_back(record: VM, snapshot: Snapshot) -> VM:

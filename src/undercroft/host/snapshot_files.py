@@ -1,7 +1,9 @@
-"""What belongs to a snapshot besides the layers of its disks. All functions here block."""
+"""What belongs to a snapshot besides the layers of its disks. Functions here block, but for
+the coroutine."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 from collections.abc import Collection
@@ -24,6 +26,11 @@ def memory_size(directory: Path) -> int:
         return (directory / "memory").stat().st_size
     except FileNotFoundError:
         return 0
+
+
+async def has_memory(environment: Environment, snapshot: Snapshot) -> bool:
+    """Whether the memory that belongs to a snapshot is saved."""
+    return await asyncio.to_thread(memory_size, environment.snapshot_directory(snapshot)) > 0
 
 
 def copy_state(environment: Environment, snapshot: Snapshot) -> None:

@@ -30,7 +30,7 @@ from undercroft.host.marks import marks_of
 from undercroft.host.outcome import TaskRun, change_status, to_its_end
 from undercroft.host.planning import plan_disks
 from undercroft.host.quiescing import quiescent, thaw_at_last
-from undercroft.host.snapshot_files import copy_state, memory_size
+from undercroft.host.snapshot_files import copy_state, has_memory, memory_size
 from undercroft.hypervisor.machine import QemuMachine, RunState
 from undercroft.hypervisor.plan import PlanDisk
 from undercroft.model.base import Meta
@@ -111,7 +111,7 @@ async def taken(actor: VMActor, vm: VM, run: TaskRun) -> Snapshot:
                 await make_layer(environment, disk.next, marks=marks)
         if not switched:
             await in_thread(lambda _: copy_state(environment, snapshot))
-        if machine is not None and snapshot.spec.memory and machine.run_state is RunState.RUNNING:
+        if machine is not None and await _to_be_saved_live(environment, snapshot, machine):
             stood = await _save_live(environment, vm, run, snapshot, machine)
         else:
             async with quiescent(actor, quiet):
@@ -135,9 +135,19 @@ async def taken(actor: VMActor, vm: VM, run: TaskRun) -> Snapshot:
 
 async def _switched(environment: Environment, snapshot: Snapshot) -> bool:
     """Whether it is written down that the volumes write to the new layers."""
-    disks = [disk for disk in snapshot.status.disks if disk.next != disk.layer]
-    heads = [await head_layer(environment, disk.volume) for disk in disks]
-    return bool(heads) and heads == [disk.next for disk in disks]
+    moving = [disk for disk in snapshot.status.disks if disk.next != disk.layer]
+    heads = [await head_layer(environment, disk.volume) for disk in moving]
+    return bool(heads) and heads == [disk.next for disk in moving]
+
+
+async def _to_be_saved_live(
+    environment: Environment, snapshot: Snapshot, machine: QemuMachine
+) -> bool:
+    """Whether the memory of a guest that runs is still to be saved. What a daemon that died had
+    saved goes with what the disks had then, and what is in memory now does not."""
+    if not snapshot.spec.memory or machine.run_state is not RunState.RUNNING:
+        return False
+    return not await has_memory(environment, snapshot)
 
 
 async def _missed(
@@ -147,9 +157,7 @@ async def _missed(
     its memory was saved: then the one does not go with the other any more."""
     if not snapshot.spec.memory or machine.run_state is RunState.PAUSED:
         return False
-    if (environment.snapshot_directory(snapshot) / "memory").exists():
-        return False
-    if not await _switched(environment, snapshot):
+    if await has_memory(environment, snapshot) or not await _switched(environment, snapshot):
         return False
     return await machine.branched(await plan_disks(environment, vm))
 

@@ -19,7 +19,7 @@ from undercroft.host.forgetting import forget
 from undercroft.host.identity import leave, prepare, write_facts
 from undercroft.host.layers import collect_layers, get_layer
 from undercroft.host.outcome import TaskRun, change_status
-from undercroft.host.snapshot_files import copy_besides, memory_size
+from undercroft.host.snapshot_files import copy_besides, has_memory
 from undercroft.host.snapshots import taken
 from undercroft.host.snapshots import undo as undo_snapshot
 from undercroft.hypervisor.fork import freeze, frozen, frozen_size
@@ -97,7 +97,7 @@ async def _made(actor: VMActor, vm: VM, run: TaskRun, template: Template) -> Tem
     source = environment.snapshot_directory(snapshot)
     await in_thread(lambda _: copy_besides(source, directory))
     if template.spec.memory and not frozen(directory / "memory"):
-        if not await asyncio.to_thread(memory_size, source):
+        if not await has_memory(environment, snapshot):
             raise QmpError("the VM ended before its memory was saved", object=vm.label)
         await run.progress(None, "sharing the memory")
         await freeze(
@@ -128,6 +128,9 @@ async def _snapshot(
     machine = actor.machine
     if not template.spec.memory or machine is None or machine.run_state is not RunState.RUNNING:
         return await taken(actor, vm, run)
+    begun = await actor.environment.store.get(Snapshot, str(run.arguments["snapshot"]))
+    if begun is not None and await has_memory(actor.environment, begun.record):
+        return await taken(actor, vm, run)  # what is known of the guest is of that moment
     await run.progress(None, "preparing the guest")
     facts = await prepare(machine)
     if facts is not None:

@@ -34,7 +34,7 @@ from undercroft.model.vm import VM
 from undercroft.operations.access import SYSTEM
 from undercroft.operations.context import ATTEMPTS, Context, new_event
 from undercroft.operations.templates import TemplateOperations
-from undercroft.operations.vm_change import remove
+from undercroft.operations.vm_change import discard
 from undercroft.operations.warm import begin, find_warm, keep, warm_templates
 from undercroft.store.interface import Put, Transaction
 
@@ -113,7 +113,7 @@ class Warmer:
         """Removes what an earlier daemon left half-made; then makes templates until cancelled."""
         for item in (await self._context.store.list(VM)).items:
             if item.record.spec.passing:
-                await self._remove(item.record)
+                await discard(self._context, SYSTEM, item.record.meta.id)
         while True:
             vm, key = await self._wishes.get()
             try:
@@ -147,7 +147,7 @@ class Warmer:
             await self._keep(vm, found.record.meta.name, key)
         finally:
             if not self._environment.closing:
-                await asyncio.shield(self._remove(vm))
+                await asyncio.shield(discard(self._context, SYSTEM, vm.meta.id))
 
     async def _keep(self, vm: VM, image: str, key: str) -> None:
         await self._answers(vm.meta.id, at_least=1.0)
@@ -209,10 +209,6 @@ class Warmer:
                 return
             raise DataError(status.error.detail if status.error else f"it was {status.state}")
         raise TimeLimitError(f"task {task.meta.id} takes longer than {PATIENCE:g} s")
-
-    async def _remove(self, vm: VM) -> None:
-        with contextlib.suppress(NotFoundError):
-            await remove(self._context, SYSTEM, vm.meta.id, force=True)
 
     # -- room ---------------------------------------------------------------------------------
 

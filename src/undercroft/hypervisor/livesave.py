@@ -3,6 +3,9 @@
 QEMU writes the memory, and what the guest changes meanwhile again, until so little is left that it
 is a matter of milliseconds (as in a live migration). For these the guest stands still: its disks
 branch off, the rest is written, and it goes on. State and disks are of the same moment.
+
+A guest that changes its memory faster than that can be written, and one whose changes QEMU misses,
+stands still for longer: until all of it is written.
 """
 
 from __future__ import annotations
@@ -32,11 +35,13 @@ __all__ = ["save_live"]
 _EVENTS = ("MIGRATION", "MIGRATION_PASS", "STOP", "RESUME")
 _LOOK_INTERVAL = 0.1  # seconds between two looks at how far it is
 _STANDSTILL = 4  # milliseconds that the guest may stand still for the last of its memory ...
-_PASSES = 3  # ... after so many passes over it twice as long with each, or it might never end
+_PASSES = 3  # ... after so many passes over it twice as long with each ...
+_MOST_PASSES = 8  # ... and after so many it stands still, or it, and the file, might never end
 _FINISHING = 30.0  # seconds for QEMU to put away what it needed
 _FINISHING_INTERVAL = 0.0005
-
-_Events = asyncio.Queue[MonitorEvent]
+_WRITING = 300.0  # seconds for the rest to be written, in which QEMU may not answer
+# Under emulation older ones miss some of what a guest changes, and say that all is well.
+_SEES_CHANGES = (9, 0, 0)
 
 
 async def save_live(
@@ -56,10 +61,12 @@ async def save_live(
             guest goes on; which files it writes to is to be asked for.
     """
     part = part_path(path)
+    live = plan.accelerator != "tcg" or monitor.version >= _SEES_CHANGES
     try:
         with monitor.watching(*_EVENTS) as events:
-            branching = await _until_little_is_left(monitor, part, disks, events, progress)
-            over = asyncio.ensure_future(_switch_over(monitor, branching, events, going))
+            saving = _Saving(monitor, events, going, progress)
+            branching = await saving.until_little_is_left(part, disks, live=live)
+            over = asyncio.ensure_future(saving.switch_over(branching))
             try:
                 stood = await asyncio.shield(over)
             except asyncio.CancelledError:
@@ -78,95 +85,125 @@ async def save_live(
         part.unlink(missing_ok=True)
 
 
-async def _until_little_is_left(
-    monitor: Monitor,
-    part: Path,
-    disks: Sequence[PlanDisk],
-    events: _Events,
-    progress: Callable[[float], None] | None,
-) -> Branching:
-    branching = await Branching.prepare(monitor, disks)
-    try:
-        await monitor.execute("migrate-set-parameters", {"downtime-limit": _STANDSTILL})
-        await begin_writing(monitor, part, live=True)
-        await _wait_for("pre-switchover", monitor, events, progress)
-    except BaseException:
-        with contextlib.suppress(QmpError, TimeLimitError):
-            await asyncio.shield(_give_up(monitor, branching))
-        raise
-    return branching
+class _Saving:
+    """A state that is being written. ``stopped``: by us, so that QEMU does not have the guest go on
+    by itself if it fails."""
 
+    def __init__(
+        self,
+        monitor: Monitor,
+        events: asyncio.Queue[MonitorEvent],
+        going: Callable[[], bool],
+        progress: Callable[[float], None] | None,
+    ) -> None:
+        self._monitor = monitor
+        self._events = events
+        self._going = going
+        self._progress = progress
+        self._stopped = False
 
-async def _give_up(monitor: Monitor, branching: Branching) -> None:
-    if await under_way(monitor):
-        await cancel(monitor)
-    await branching.abandon()
-
-
-async def _switch_over(
-    monitor: Monitor, branching: Branching, events: _Events, going: Callable[[], bool]
-) -> float:
-    """What the guest stands still for."""
-    try:
-        await branching.commit()
-        await monitor.execute("migrate-continue", {"state": "pre-switchover"})
-    except BaseException:
-        await _give_up(monitor, branching)
-        raise
-    await _wait_for("completed", monitor, events, None)
-    if going():
-        await _go_on(monitor)
-    return _stood(events)
-
-
-async def _wait_for(
-    status: str,
-    monitor: Monitor,
-    events: _Events,
-    progress: Callable[[float], None] | None,
-) -> None:
-    """Waits until the migration is so far.
-
-    Raises:
-        NoSpaceError, QmpError: it failed.
-    """
-    seen: list[MonitorEvent] = []
-    while True:
+    async def until_little_is_left(
+        self, part: Path, disks: Sequence[PlanDisk], *, live: bool
+    ) -> Branching:
+        monitor = self._monitor
+        branching = await Branching.prepare(monitor, disks)
         try:
-            event = await asyncio.wait_for(events.get(), _LOOK_INTERVAL)
-        except TimeoutError:
-            answer = await monitor.execute("query-migrate")
-            report(answer, progress)
-            event = {"event": "MIGRATION", "data": answer}
-        match event["event"], event.get("data", {}):
-            case "MIGRATION", {"status": "failed" | "cancelled"}:
-                raise failure(monitor, "written", await monitor.execute("query-migrate"))
-            case "MIGRATION", {"status": reached} if reached == status:
-                for one in seen:
-                    events.put_nowait(one)
+            await monitor.execute("migrate-set-parameters", {"downtime-limit": _STANDSTILL})
+            if not live:
+                await self._stop()
+            await begin_writing(monitor, part, live=True)
+            await self._wait_for("pre-switchover")
+        except BaseException:
+            with contextlib.suppress(QmpError, TimeLimitError):
+                await asyncio.shield(self._give_up(branching))
+            raise
+        return branching
+
+    async def switch_over(self, branching: Branching) -> float:
+        """What the guest stands still for."""
+        try:
+            await branching.commit()
+            await self._monitor.execute("migrate-continue", {"state": "pre-switchover"})
+            self._progress = None
+            await self._wait_for("completed", patience=_WRITING)
+        except BaseException:
+            with contextlib.suppress(QmpError, TimeLimitError):
+                await self._give_up(branching)
+            raise
+        if self._going():
+            await self._go_on()
+        return _stood(self._events)
+
+    async def _stop(self) -> None:
+        if not self._stopped and self._going():
+            self._stopped = True
+            await self._monitor.execute("stop")
+
+    async def _give_up(self, branching: Branching) -> None:
+        if await under_way(self._monitor):
+            await cancel(self._monitor)
+        if self._going() and (self._stopped or await self._is_over()):
+            await self._go_on()
+        await branching.abandon()
+
+    async def _is_over(self) -> bool:
+        """Whether QEMU was done before it could be stopped, and has the guest stand still."""
+        status = await self._monitor.execute("query-status")
+        return bool(status["status"] == "postmigrate")
+
+    async def _wait_for(self, status: str, *, patience: float = 0.0) -> None:
+        """Waits until the migration is so far. ``patience``: for how many seconds QEMU may not
+        answer.
+
+        Raises:
+            NoSpaceError, QmpError, TimeLimitError: it failed.
+        """
+        monitor, events = self._monitor, self._events
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + patience
+        seen: list[MonitorEvent] = []
+        while True:
+            try:
+                event = await asyncio.wait_for(events.get(), _LOOK_INTERVAL)
+            except TimeoutError:
+                try:
+                    answer = await monitor.execute("query-migrate")
+                except TimeLimitError:
+                    if loop.time() > deadline:
+                        raise
+                    continue
+                report(answer, self._progress)
+                event = {"event": "MIGRATION", "data": answer}
+            match event["event"], event.get("data", {}):
+                case "MIGRATION", {"status": "failed" | "cancelled"}:
+                    raise failure(monitor, "written", await monitor.execute("query-migrate"))
+                case "MIGRATION", {"status": reached} if reached == status:
+                    for one in seen:
+                        events.put_nowait(one)
+                    return
+                case "MIGRATION_PASS", {"pass": int(number)} if number > _MOST_PASSES:
+                    await self._stop()
+                case "MIGRATION_PASS", {"pass": int(number)} if number > _PASSES:
+                    longer = _STANDSTILL << number - _PASSES
+                    await monitor.execute("migrate-set-parameters", {"downtime-limit": longer})
+                case "STOP" | "RESUME", _:
+                    seen.append(event)
+
+    async def _go_on(self) -> None:
+        """Lets the guest go on as soon as QEMU, which has written all, is ready for that."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + _FINISHING
+        while True:
+            try:
+                await self._monitor.execute("cont")
                 return
-            case "MIGRATION_PASS", {"pass": int(number)} if number > _PASSES:
-                longer = _STANDSTILL << min(number - _PASSES, 16)
-                await monitor.execute("migrate-set-parameters", {"downtime-limit": longer})
-            case "STOP" | "RESUME", _:
-                seen.append(event)
+            except QmpError as error:
+                if "not finalized" not in error.message or loop.time() > deadline:
+                    raise
+            await asyncio.sleep(_FINISHING_INTERVAL)
 
 
-async def _go_on(monitor: Monitor) -> None:
-    """Lets the guest go on as soon as QEMU, which has written all, is ready for that."""
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + _FINISHING
-    while True:
-        try:
-            await monitor.execute("cont")
-            return
-        except QmpError as error:
-            if "not finalized" not in error.message or loop.time() > deadline:
-                raise
-        await asyncio.sleep(_FINISHING_INTERVAL)
-
-
-def _stood(events: _Events) -> float:
+def _stood(events: asyncio.Queue[MonitorEvent]) -> float:
     """Seconds from the last stop to the resumption after that, by QEMU's clock; 0 without."""
     moments = {"STOP": 0.0, "RESUME": 0.0}
     while not events.empty():

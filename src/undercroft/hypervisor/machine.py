@@ -248,6 +248,8 @@ class QemuMachine(MachineDisks):
     async def resume(self) -> None:
         """Lets them go on (also after an I/O error, which comes again if nothing changed)."""
         await self._monitor.execute("cont")
+        if self.run_state in STOPPED:  # QEMU does not say so of one that was going already
+            await self._learn_state()
 
     @needs(RunState.RUNNING)
     async def power_button(self) -> None:
@@ -350,10 +352,13 @@ class QemuMachine(MachineDisks):
             return await save_live(self._monitor, plan, path, disks, self._going, progress)
         finally:
             self._brief = False
-            with contextlib.suppress(QmpError, TimeLimitError):
+            try:
                 if await self.branched(disks):
                     await self._became(disks=disks)
                 await self._learn_state()
+            except (QmpError, TimeLimitError):
+                if self._monitor.connected and self._going():
+                    self._set_state(RunState.PAUSED)  # it may well stand still: until it is resumed
 
     def _going(self) -> bool:
         return self.run_state is RunState.RUNNING

@@ -278,9 +278,9 @@ class Identity(StrEnum):
 class VMStatus(Model, frozen=True, kw_only=True):
     """What a VM is. ``agent`` tells whether the guest agent answers (None: not known);
     ``restarts`` counts automatic restarts since a user last started it; ``snapshot`` is the id of
-    the snapshot that its present state comes from; ``shares``: what of its identity is still that
-    of the VM that it was cloned from; ``held``: the template (an id) from which it is ready to go
-    on."""
+    the snapshot that its present state comes from; ``returns`` how often it went back to what it
+    was before, which its guest is told; ``shares``: what of its identity is still that of the VM
+    that it was cloned from; ``held``: the template (an id) from which it is ready to go on."""
 
     state: VMState = VMState.CREATING
     uid: int | None = None  # what its QEMU runs as, for as long as the VM exists
@@ -290,6 +290,7 @@ class VMStatus(Model, frozen=True, kw_only=True):
     agent: bool | None = None
     restarts: int = 0
     snapshot: str | None = None
+    returns: int = 0
     identity: Identity = Identity.OWN
     shares: tuple[str, ...] = ()
     held: str | None = None

@@ -90,11 +90,17 @@ async def find_held(
             continue
         read = [await context.store.get(Volume, disk.volume) for disk in vm.spec.disks]
         volumes = [volume for volume in read if volume is not None]
-        places = [volume.record.spec.datastore for volume in volumes]
-        if places == [volume.spec.datastore for volume in wanted]:
+        if _are_like([volume.record.spec for volume in volumes], [v.spec for v in wanted]):
             skip.add(id)
             return Held(found, volumes)
     return None
+
+
+def _are_like(found: list[VolumeSpec], wanted: list[VolumeSpec]) -> bool:
+    """Whether volumes are where they are to be, and encrypted if they are to be."""
+    return [spec.datastore for spec in found] == [spec.datastore for spec in wanted] and all(
+        has.encrypted or not spec.encrypted for has, spec in zip(found, wanted, strict=True)
+    )
 
 
 async def prepare(context: Context, template: Template) -> VM | None:

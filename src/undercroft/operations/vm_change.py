@@ -7,7 +7,13 @@ import contextlib
 import msgspec
 
 from undercroft.model.checks import check_vm_spec
-from undercroft.model.errors import AlreadyExistsError, InvalidError, StaleError, WrongStateError
+from undercroft.model.errors import (
+    AlreadyExistsError,
+    InvalidError,
+    NotFoundError,
+    StaleError,
+    WrongStateError,
+)
 from undercroft.model.names import check_labels, check_name
 from undercroft.model.requests import VMChange
 from undercroft.model.task import Task
@@ -186,16 +192,27 @@ def _port_claims(host: str, spec: VMSpec) -> set[tuple[str, str]]:
     return {port_claim(host, forward) for port in spec.ports for forward in port.forwards}
 
 
-async def remove(context: Context, caller: Caller, ref: str, *, force: bool) -> Task:
+async def discard(context: Context, caller: Caller, id: str) -> None:
+    """Has a VM go that is nobody's. One that somebody has taken over by now stays."""
+    with contextlib.suppress(NotFoundError):
+        await remove(context, caller, id, force=True, passing=True)
+
+
+async def remove(
+    context: Context, caller: Caller, ref: str, *, force: bool, passing: bool = False
+) -> Task:
     """Writes that the VM is to go, with its volumes; a running one only with ``force``.
+    ``passing``: only one that is nobody's.
 
     Raises:
-        WrongStateError: it is running.
+        WrongStateError: it is running. NotFoundError: there is none.
     """
     caller.require("vm.remove")
     for _ in range(ATTEMPTS):
         found = await find(context.store, VM, ref)
         vm = found.record
+        if passing and not vm.spec.passing:
+            raise NotFoundError(f"{vm.label} is somebody's", object=vm.label)
         same = await pending(context.store, vm, ("vm.remove",))
         if same is not None:
             return same

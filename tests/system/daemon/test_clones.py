@@ -123,6 +123,10 @@ def test_instant_clones_of_a_running_vm(installation: Installation) -> None:
     # A clone is like any other VM: it can be cloned, suspended, snapshotted, rebooted.
     clone(installation, "a", "c", mode=CloneMode.INSTANT)
     assert installation.shell("c", "cat /tmp/memory") == "a"
+    assert client.vms.get("c").status.shares == client.vms.get("a").status.shares == ()
+    theirs, anew = identity(installation, "a"), identity(installation, "c")
+    assert theirs[:3] == own[1][:3]  # what is left is random
+    assert [x for x, y in zip(theirs, anew, strict=True) if x == y] == []
     assert read(installation, "c") == "of a"
     installation.finish(client.vms.remove("web1", force=True))
     installation.finish(client.vms.suspend("a"))

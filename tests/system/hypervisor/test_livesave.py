@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 from tests.system.hypervisor.lab import Guest, Lab, eventually
 from tests.system.hypervisor.test_suspend import begun, left
+from undercroft.hypervisor import livesave, migration
+from undercroft.hypervisor.branch import Branching
 from undercroft.hypervisor.machine import QemuMachine, RunState, suspended_plan
 from undercroft.hypervisor.plan import DiskFormat, DiskLayer, PlanDisk
-from undercroft.model.errors import NoSpaceError
+from undercroft.hypervisor.qmp import Monitor
+from undercroft.model.errors import NoSpaceError, TimeLimitError
 
 SIZE = 16 << 20
 # Writes a number into one block after the other, each durably before the next. ($i is the guest's
@@ -21,6 +28,16 @@ SIZE = 16 << 20
 WRITER = """{ (i=0; while [ ! -e /tmp/stop ]; do i=$((i+1)); printf %08d $i |
 dd of=/dev/vda bs=512 seek=$i conv=notrunc,fsync 2>/dev/null; done; touch /tmp/over) & }"""
 STOP = "touch /tmp/stop; while [ ! -e /tmp/over ]; do sleep 0.1; done"
+
+# Changes 80 MB of its memory again and again.
+BUSY = """{ (while [ ! -e /tmp/stop ]; do dd if=/dev/zero of=/tmp/x bs=1M count=40 2>/dev/null;
+tr '\\000' x </tmp/x >/tmp/y; done; touch /tmp/over) & }""".replace("\n", " ")
+
+
+@pytest.fixture
+def stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a QEMU that misses changes of the memory."""
+    monkeypatch.setattr(livesave, "_SEES_CHANGES", (99, 0, 0))
 
 
 class Saved:
@@ -114,14 +131,89 @@ async def test_it_can_be_done_again_and_between_other_saves(lab: Lab, tmp_path: 
 async def test_a_guest_that_changes_all_its_memory_is_saved_too(lab: Lab, tmp_path: Path) -> None:
     saved = await Saved.boot(lab)
     guest = saved.guest
-    await guest.run(
-        "{ (while [ ! -e /tmp/stop ]; do dd if=/dev/zero of=/tmp/x bs=1M count=40 2>/dev/null; "
-        "tr '\\000' x </tmp/x >/tmp/y; done; touch /tmp/over) & }"
-    )
+    await guest.run(BUSY)
     await asyncio.sleep(1)
     await saved.save(tmp_path / "memory")
     assert guest.machine.run_state is RunState.RUNNING
     await guest.run(STOP)
+
+
+async def test_a_guest_whose_changes_qemu_misses_stands_still(
+    lab: Lab, tmp_path: Path, stands_still: None
+) -> None:
+    saved = await Saved.boot(lab)
+    guest = saved.guest
+    await guest.run(" ".join(WRITER.split("\n")))
+    await asyncio.sleep(1)
+    lab.events.clear()
+    assert await saved.save(tmp_path / "memory") > 0
+    assert [event.state for event in lab.events if event.kind == "state"] == []
+    await guest.run(STOP)
+    assert await written(guest) > 0
+    done = await guest.machine._monitor.execute("query-migrate")
+    assert done["ram"]["dirty-sync-count"] <= 3  # nothing was written twice
+
+
+async def test_a_guest_that_is_never_caught_up_with_is_saved_too(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file does not grow without end, and the guest goes on afterwards."""
+    monkeypatch.setattr(migration, "_UNLIMITED", 40 << 20)
+    monkeypatch.setattr(livesave, "_STANDSTILL", 1)
+    monkeypatch.setattr(livesave, "_MOST_PASSES", 2)
+    saved = await Saved.boot(lab)
+    guest = saved.guest
+    await guest.run(BUSY)
+    await asyncio.sleep(1)
+    await saved.save(tmp_path / "memory")
+    assert guest.machine.run_state is RunState.RUNNING
+    done = await guest.machine._monitor.execute("query-migrate")
+    assert done["ram"]["dirty-sync-count"] <= 7
+    await guest.run(STOP)
+
+
+async def test_qemu_that_hangs_over_it(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody knows whether the guest stands still then: it can be told to go on."""
+    saved = await Saved.boot(lab)
+    machine = saved.guest.machine
+    commit, execute = Branching.commit, Monitor.execute
+
+    async def hang(branching: Branching) -> None:
+        await commit(branching)
+        os.kill(machine.instance.pid, signal.SIGSTOP)
+
+    async def impatient(
+        self: Monitor, command: str, arguments: Mapping[str, Any] | None = None
+    ) -> Any:
+        return await execute(self, command, arguments, timeout=0.5)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Branching, "commit", hang)
+        patch.setattr(Monitor, "execute", impatient)
+        with pytest.raises(TimeLimitError):
+            await saved.save(tmp_path / "memory")
+    assert machine.run_state.value == "paused"
+    os.kill(machine.instance.pid, signal.SIGCONT)
+    await machine.stop_saving()
+    if machine.run_state.value == "paused":
+        await machine.resume()
+    assert machine.run_state.value == "running"
+    assert await saved.guest.run("echo on") == "on"
+    await saved.save(tmp_path / "memory")
+
+
+async def test_no_space_while_it_stands_still(
+    lab: Lab, small_disk: Path, stands_still: None
+) -> None:
+    await test_no_space(lab, small_disk)
+
+
+async def test_cancelled_while_it_stands_still(
+    lab: Lab, tmp_path: Path, stands_still: None
+) -> None:
+    await test_cancelled(lab, tmp_path)
 
 
 async def test_no_space(lab: Lab, small_disk: Path) -> None:

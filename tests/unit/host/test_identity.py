@@ -1,14 +1,24 @@
 """What is to change in a clone's guest, decided from what was seen in its source's."""
 
 import os
+import socket
 import struct
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.hypervisor.test_helper import Running, native
-from undercroft.host.identity import GuestFacts, parse, plan_steps, read_facts, write_facts
+from undercroft.host.identity import (
+    GuestFacts,
+    _hold,
+    parse,
+    plan_steps,
+    read_facts,
+    write_facts,
+)
+from undercroft.hypervisor.helper import GuestHelper
 from undercroft.model.base import Meta
 from undercroft.model.vm import VM, VMSpec
 
@@ -55,6 +65,33 @@ def test_nonsense_from_the_guest_does_no_harm(text: str) -> None:
     facts = parse(text + "\nhelper /run/.undercroft-helper\n")
     assert facts is not None
     plan_steps(vm(), facts, {"52:54:00:9e:36:a8": "52:54:00:00:00:01"}, {}, 1.0).batch.encode()
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        "cloud /",
+        "cloud ..",
+        "user root \u00b2 0 /root",
+        f"user root {'9' * 5000} 0 /root",
+        "\n".join(f"file /{n}" for n in range(9999)),
+        "\n".join(f"key /etc/ssh/ssh_host_{n}_key" for n in range(9999)),
+        f"key /etc/ssh/ssh_host_{'a' * 99999}_key",
+        f"boot {'b' * 99999}",
+        f"cloud /{'c' * 99999}",
+        f"hostname a\nhosts {' a' * 3000}",
+    ],
+)
+async def test_lies_of_the_guest_do_no_harm(lie: str) -> None:
+    facts = parse(f"{lie}\nhelper /{'h' * 99999}\n")
+    assert facts is not None
+    other = vm("x" * 63)
+    plan_steps(other, facts, {"52:54:00:9e:36:a8": "52:54:00:00:00:01"}, {}, 1.0).batch.encode()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(bytes(4096))  # more than it has to answer: all went well
+        ours.setblocking(False)
+        assert (await _hold(GuestHelper("x", ours), facts)).boot_id == 0
 
 
 def test_facts_are_kept_and_forgotten(tmp_path: Path) -> None:

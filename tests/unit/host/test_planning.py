@@ -10,8 +10,10 @@ import msgspec
 import pytest
 
 from tests.unit.host.rig import Rig
+from tests.unit.operations.world import HOST
 from undercroft.host.planning import generation_id, make_plan, make_seed, vm_uuid
 from undercroft.hypervisor.plan import MachinePlan, PlanCdrom, PlanForward, PlanPort
+from undercroft.model.base import Meta
 from undercroft.model.errors import DataError, NotFoundError, UnsupportedError
 from undercroft.model.image import Image, ImageDefaults
 from undercroft.model.requests import NewCdrom
@@ -26,6 +28,8 @@ from undercroft.model.vm import (
     Forward,
     Guest,
     Port,
+    VMSpec,
+    VMStatus,
 )
 from undercroft.model.volume import Volume
 from undercroft.store.interface import Delete, Put, Transaction
@@ -73,7 +77,7 @@ async def test_a_whole_plan(rig: Rig) -> None:
             seed="/seed.iso",
             display=vm.spec.display,
             helper=True,
-            vmgenid=generation_id(vm.meta.id),
+            vmgenid=generation_id(vm),
             generation=1,
             hot_ports=16,
             disks=plan.disks,
@@ -243,10 +247,8 @@ async def test_a_seed_only_for_those_who_read_it(rig: Rig) -> None:
 def test_identities() -> None:
     assert uuid.UUID(vm_uuid("vm-a")) != uuid.UUID(vm_uuid("vm-b"))
     assert vm_uuid("vm-a") == vm_uuid("vm-a")
-    ids = {
-        generation_id("vm-a"),
-        generation_id("vm-a", "1"),
-        generation_id("vm-b"),
-        vm_uuid("vm-a"),
-    }
+    vm = VM(meta=Meta(id="vm-a", name="a", created=1.0), spec=VMSpec(host=HOST))
+    other = msgspec.structs.replace(vm, meta=Meta(id="vm-b", name="b", created=1.0))
+    again = msgspec.structs.replace(vm, status=VMStatus(returns=1))
+    ids = {generation_id(vm), generation_id(again), generation_id(other), vm_uuid("vm-a")}
     assert len(ids) == 4

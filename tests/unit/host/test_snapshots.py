@@ -7,11 +7,12 @@ import asyncio
 import errno
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from tests.unit.host.acting import FORCE, blocked, running
+from tests.unit.host.acting import FORCE, ask_create, blocked, running
 from tests.unit.host.rig import Rig, adoptable
-from undercroft.host import quiescing, snapshots
+from undercroft.host import quiescing, snapshot_files, snapshots
 from undercroft.host.forgetting import collect_snapshots, sweep_snapshots
 from undercroft.hypervisor.machine import RunState
 from undercroft.model.errors import NoSpaceError, QmpError
@@ -27,10 +28,11 @@ from undercroft.model.snapshot import Snapshot
 from undercroft.model.task import Task, TaskState
 from undercroft.model.template import Template
 from undercroft.model.units import MiB
-from undercroft.model.vm import VMState
+from undercroft.model.vm import VM, VMState
 from undercroft.model.volume import Volume
 from undercroft.operations.access import SYSTEM
 from undercroft.operations.context import scope, snapshot_scope
+from undercroft.store.interface import update
 
 MEMORY = SnapshotCreate(name="one", memory=True)
 
@@ -266,3 +268,72 @@ async def test_going_back_brings_the_shape_back(rig: Rig) -> None:
     assert vm.spec.cpus == 2
     assert vm.meta.generation == before.meta.generation + 1
     assert rig.hypervisor.machine.plan.cpus == 2
+
+
+async def test_memory_that_was_saved_is_not_saved_again(rig: Rig) -> None:
+    """The guest went on since: what it has in memory now does not go with its disks of then."""
+    machine = await running(rig)
+    began, go = asyncio.Event(), asyncio.Event()
+    size = snapshot_files.memory_size
+
+    def slow(directory: Path) -> int:
+        loop.call_soon_threadsafe(began.set)
+        asyncio.run_coroutine_threadsafe(go.wait(), loop).result()
+        return size(directory)
+
+    loop = asyncio.get_running_loop()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(snapshots, "memory_size", slow)
+        task = await ask(rig, MEMORY)
+        await began.wait()
+        nodes = list(machine.nodes)
+        adoptable(rig, machine)
+        go.set()
+        await rig.kill()
+    await rig.again()
+    assert (await rig.final(task)).status.state is TaskState.SUCCEEDED
+    assert machine.calls.count("save_live") == 1
+    assert machine.nodes == nodes
+    assert machine.run_state is RunState.RUNNING
+    (snapshot,) = await rig.world.all(Snapshot)
+    assert snapshot.status.memory > 0
+
+
+async def test_what_belongs_to_a_vm_whose_disks_are_only_read_is_kept(rig: Rig) -> None:
+    await rig.final(await ask_create(rig))
+
+    def only_read(vm: VM) -> VM:
+        disks = (msgspec.structs.replace(vm.spec.disks[0], read_only=True),)
+        return msgspec.structs.replace(vm, spec=msgspec.structs.replace(vm.spec, disks=disks))
+
+    vm = await rig.world.vm("web1")
+    await update(rig.store, VM, vm.meta.id, only_read)
+    (rig.environment.vm_directory(vm.meta.id) / "nvram.fd").write_bytes(b"settings")
+    await rig.final(await rig.world.operations.vms.start(SYSTEM, "web1"))
+    assert (await rig.final(await ask(rig, MEMORY))).status.state is TaskState.SUCCEEDED
+    (snapshot,) = await rig.world.all(Snapshot)
+    kept = rig.environment.snapshot_directory(snapshot) / "nvram.fd"
+    assert kept.read_bytes() == b"settings"
+
+
+async def test_a_guest_that_goes_back_is_told(rig: Rig) -> None:
+    """By its generation id: what it has used up since must not be used again."""
+    machine = await running(rig)
+    operations = rig.world.operations
+    await rig.final(await ask(rig, MEMORY))
+    await rig.final(await operations.vms.suspend(SYSTEM, "web1"))
+    await rig.final(await operations.vms.start(SYSTEM, "web1"))
+    resumed = rig.hypervisor.machine
+    assert resumed.plan.incoming is not None
+    assert resumed.plan.vmgenid == machine.plan.vmgenid
+    known = {machine.plan.vmgenid}
+    for number in (2, 3):
+        request = RevertRequest(force=True)
+        task = await operations.snapshots.revert(SYSTEM, "web1", "one", request)
+        assert (await rig.final(task)).status.state is TaskState.SUCCEEDED
+        assert rig.hypervisor.machine.plan.incoming is not None
+        known.add(rig.hypervisor.machine.plan.vmgenid)
+        assert len(known) == number
+    await rig.final(await operations.vms.restart(SYSTEM, "web1", FORCE))
+    assert rig.hypervisor.machine.plan.incoming is None
+    assert rig.hypervisor.machine.plan.vmgenid in known - {machine.plan.vmgenid}

@@ -15,7 +15,8 @@ from undercroft.model.vm import VM, Forward, Guest, Port, Power, VMState
 from undercroft.model.volume import Volume
 from undercroft.operations.access import SYSTEM
 from undercroft.operations.context import scope
-from undercroft.operations.held import prepare
+from undercroft.operations.held import POOL, prepare
+from undercroft.operations.vm_change import discard
 from undercroft.store.interface import Put, Transaction, update
 
 
@@ -122,3 +123,37 @@ async def test_it_is_left_alone(world: World, template: Template, why: str) -> N
 async def test_a_template_that_is_gone(world: World, template: Template) -> None:
     await world.operations.templates.remove(SYSTEM, template.meta.id)
     assert await prepare(world.context, template) is None
+
+
+async def test_a_clone_that_is_to_be_encrypted_is_not_one_that_is_not(
+    world: World, template: Template
+) -> None:
+    waiting = await held(world, template)
+    request = CloneRequest(names=("b1", "b2"), encrypted=True)
+    await world.operations.templates.clone(SYSTEM, template.meta.name, request)
+    for name in request.names:
+        vm = await world.vm(name)
+        assert vm.meta.id != waiting.meta.id
+        volume = await world.store.get(Volume, vm.spec.disks[0].volume)
+        assert volume is not None
+        assert volume.record.spec.encrypted
+
+
+async def test_one_that_was_taken_over_is_not_removed(world: World, template: Template) -> None:
+    """Who holds it ready wants it gone just when somebody takes it."""
+    waiting = await held(world, template)
+    await run(world, name="web2", guest=Guest(ssh_keys=(KEY,)))
+    await discard(world.context, POOL, waiting.meta.id)
+    vm = await world.vm("web2")
+    assert vm.meta.id == waiting.meta.id
+    assert vm.status.state is VMState.CREATING
+    await world.check_invariants()
+
+
+async def test_one_that_nobody_took_goes(world: World, template: Template) -> None:
+    waiting = await held(world, template)
+    await discard(world.context, POOL, waiting.meta.id)
+    found = await world.store.get(VM, waiting.meta.id)
+    assert found is not None
+    assert found.record.status.state is VMState.REMOVING
+    await discard(world.context, POOL, "vm-0000000000000000")  # nothing to do
