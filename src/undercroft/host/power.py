@@ -11,8 +11,16 @@ import msgspec
 from undercroft.host.actor import Outcome, VMActor
 from undercroft.host.exits import explain
 from undercroft.host.outcome import TaskRun, change_spec, change_status, write
-from undercroft.host.planning import generation_id, make_plan, make_seed, plan_cdroms, plan_disks
+from undercroft.host.planning import (
+    generation_id,
+    make_plan,
+    make_seed,
+    plan_cdroms,
+    plan_disks,
+    plan_ports,
+)
 from undercroft.hypervisor.machine import ExitReport, QemuMachine, RunState, suspended_plan
+from undercroft.hypervisor.plan import PlanPort
 from undercroft.hypervisor.state_file import discard_state
 from undercroft.model.checks import check_can_be_saved
 from undercroft.model.errors import (
@@ -93,11 +101,21 @@ async def _from_saved(actor: VMActor, vm: VM, saved: Path) -> QemuMachine:
         name=vm.meta.name,
         generation=vm.meta.generation,
         vmgenid=generation_id(vm) if plan.vmgenid is not None else None,
+        ports=_forwarding(plan.ports, vm),
         disks=await plan_disks(environment, vm),
         cdroms=await plan_cdroms(vm),
     )
     emulator = await environment.emulator(vm.spec.arch)
     return await QemuMachine.start(plan, emulator, on_event=actor.on_event)
+
+
+def _forwarding(ports: tuple[PlanPort, ...], vm: VM) -> tuple[PlanPort, ...]:
+    """Network adapters that were saved, with what is forwarded to them now."""
+    now = [port.forwards for port in plan_ports(vm)]
+    return tuple(
+        msgspec.structs.replace(port, forwards=now[index] if index < len(now) else ())
+        for index, port in enumerate(ports)
+    )
 
 
 async def _tell(actor: VMActor, state: VMState) -> None:

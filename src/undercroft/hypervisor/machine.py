@@ -246,7 +246,9 @@ class QemuMachine(MachineDisks):
 
     @needs(*STOPPED)
     async def resume(self) -> None:
-        """Lets them go on (also after an I/O error, which comes again if nothing changed)."""
+        """Lets them go on (also after an I/O error, which comes again if nothing changed), and
+        gives up a state that is being written and that nobody follows any more."""
+        await stop_saving(self._monitor)
         await self._monitor.execute("cont")
         if self.run_state in STOPPED:  # QEMU does not say so of one that was going already
             await self._learn_state()

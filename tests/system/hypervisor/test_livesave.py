@@ -20,7 +20,7 @@ from undercroft.hypervisor.branch import Branching
 from undercroft.hypervisor.machine import QemuMachine, RunState, suspended_plan
 from undercroft.hypervisor.plan import DiskFormat, DiskLayer, PlanDisk
 from undercroft.hypervisor.qmp import Monitor
-from undercroft.model.errors import NoSpaceError, TimeLimitError
+from undercroft.model.errors import NoSpaceError, QmpError, TimeLimitError
 
 SIZE = 16 << 20
 # Writes a number into one block after the other, each durably before the next. ($i is the guest's
@@ -261,4 +261,31 @@ async def test_saver_killed_in_the_middle(lab: Lab, tmp_path: Path) -> None:
     await guest.until(b"# ")
     disks = (saved.upper,) if not await again.branched((saved.upper,)) else again.plan.disks
     await again.save_live(path, disks)
+    assert await guest.run("echo on") == "on"
+
+
+async def test_one_that_nobody_follows_any_more_goes_on_when_it_is_told_to(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = await Saved.boot(lab)
+    machine = saved.guest.machine
+    await saved.guest.session.close()
+
+    async def die(branching: Branching) -> None:
+        await machine.detach()
+        raise QmpError("the daemon is gone")
+
+    monkeypatch.setattr(Branching, "commit", die)
+    with pytest.raises(QmpError):
+        await saved.save(tmp_path / "memory")
+    again = await QemuMachine.adopt(
+        machine.instance, Path(machine.plan.run_directory), Path(machine.plan.directory)
+    )
+    assert again is not None
+    lab.keep(again)
+    assert again.run_state is RunState.PAUSED
+    await again.resume()
+    guest = Guest(again, await again.console.attach(0))
+    await guest.type("")
+    await guest.until(b"# ")
     assert await guest.run("echo on") == "on"

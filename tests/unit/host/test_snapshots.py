@@ -28,7 +28,7 @@ from undercroft.model.snapshot import Snapshot
 from undercroft.model.task import Task, TaskState
 from undercroft.model.template import Template
 from undercroft.model.units import MiB
-from undercroft.model.vm import VM, VMState
+from undercroft.model.vm import VM, Forward, VMState
 from undercroft.model.volume import Volume
 from undercroft.operations.access import SYSTEM
 from undercroft.operations.context import scope, snapshot_scope
@@ -337,3 +337,17 @@ async def test_a_guest_that_goes_back_is_told(rig: Rig) -> None:
     await rig.final(await operations.vms.restart(SYSTEM, "web1", FORCE))
     assert rig.hypervisor.machine.plan.incoming is None
     assert rig.hypervisor.machine.plan.vmgenid in known - {machine.plan.vmgenid}
+
+
+async def test_what_leads_into_a_guest_that_goes_back_is_what_leads_there_now(rig: Rig) -> None:
+    """Who has its old port by now keeps it."""
+    await running(rig)
+    operations = rig.world.operations
+    await rig.final(await ask(rig, MEMORY))
+    change = VMChange(forwards=(Forward(guest_port=1, host_port=8081),))
+    await operations.vms.set(SYSTEM, "web1", change)
+    task = await operations.snapshots.revert(SYSTEM, "web1", "one", RevertRequest(force=True))
+    assert (await rig.final(task)).status.state is TaskState.SUCCEEDED
+    plan = rig.hypervisor.machine.plan
+    assert plan.incoming is not None
+    assert [forward.host_port for port in plan.ports for forward in port.forwards] == [8081]
