@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from pathlib import PurePosixPath
 
 import msgspec
@@ -35,6 +35,7 @@ from undercroft.operations.asking import Volumes, ask
 from undercroft.operations.checkpoints import PIPE, CheckpointOperations
 from undercroft.operations.context import Context, find, new_task
 from undercroft.operations.tasks import TaskOperations
+from undercroft.operations.volume_use import waiting
 from undercroft.storage.backup.pruning import kept
 from undercroft.store.interface import Put, Transaction
 
@@ -72,6 +73,8 @@ class BackupOperations:
         repository = await self._context.services.repository(path)
 
         async def prepare(vm: VM, _: Volumes) -> tuple[VM, dict[str, object]]:
+            if not request.decrypt:  # as it is in the very transaction that asks for the backup
+                await _check_readable(self._context, vm)
             wanted = CheckpointCreate(quiesce=request.quiesce, owner=owner_of(repository))
             return vm, await self._checkpoints.arguments(vm, wanted)
 
@@ -119,6 +122,9 @@ class BackupOperations:
                     action="see what it does: croft task ls; then try again",
                 )
             checkpoint = (await self._checkpoints.get(SYSTEM, vm.meta.id, id)).record
+            if not request.decrypt:  # one may have come meanwhile
+                held = {disk.volume for disk in checkpoint.status.disks}
+                await _check_volumes_readable(self._context, vm, held)
         except BaseException:
             await asyncio.shield(self._give_up(vm, id))
             raise
@@ -244,9 +250,19 @@ def check_repository(path: str) -> str:
 
 
 async def _check_readable(context: Context, vm: VM) -> None:
-    """Whoever encrypts a disk does not want it written in the clear by the way."""
-    for disk in vm.spec.disks:
-        volume = await context.store.get(Volume, disk.volume)
+    """Whoever encrypts a disk does not want it written in the clear by the way. Disks that are
+    still to be attached come before what is asked for now."""
+    volumes = {disk.volume for disk in vm.spec.disks}
+    for id in await waiting(context, vm, ("volume.attach", "snapshot.revert")):
+        task = await context.store.get(Task, id)
+        given = task.record.spec.arguments if task is not None else {}
+        volumes |= {str(given.get("volume", "")), *given.get("volumes", ())}
+    await _check_volumes_readable(context, vm, volumes)
+
+
+async def _check_volumes_readable(context: Context, vm: VM, volumes: Iterable[str]) -> None:
+    for id in volumes:
+        volume = await context.store.get(Volume, id) if id else None
         if volume is not None and volume.record.spec.encrypted:
             raise UnsupportedError(
                 f"{vm.label} has an encrypted disk, which a backup would have in the clear",

@@ -151,6 +151,14 @@ class World:
                 await self.operations.tasks.wait(SYSTEM, task.meta.id, LEASH)
         return [task.meta.id for task in tasks if isinstance(task, Task)]
 
+    async def do_both(self, first: str, these: Any, then: str, those: Any) -> None:
+        """Asks for two things, the second before the first is done."""
+        for path, arguments in ((first, these), (then, those)):
+            verb: Any = self.operations
+            for name in path.split("."):
+                verb = getattr(verb, name)
+            await verb(SYSTEM, *arguments)
+
     async def peace(self) -> dict[str, tuple[str, str, str, str, dict[str, Any]]]:
         """Waits until nothing is under way; each task's verb, object, state, error and arguments,
         oldest first."""

@@ -186,3 +186,13 @@ def test_layers_of_a_read_only_disk_are_put_together_while_it_is_in_use(
     assert daemon.ask("depth", "a") == 1
     assert daemon.ask("read", "head", "a", [0, 8192], 4096) == [2, 1]
     assert daemon.ask("findings") == []
+
+
+def test_a_disk_that_is_just_coming_is_not_backed_up_in_the_clear(
+    daemon: Incarnation, tmp_path: Path
+) -> None:
+    daemon.ask("do", "volumes.create", VolumeCreate(name="vault", size=8 * MIB, encrypt=True))
+    attach = VolumeAttach(vm="a")
+    request = BackupCreate(repository=str(tmp_path / "backups"))
+    with pytest.raises(UndercroftError, match="encrypted"):
+        daemon.ask("do_both", "volumes.attach", ("vault", attach), "backups.create", ("a", request))
