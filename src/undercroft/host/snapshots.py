@@ -119,7 +119,8 @@ async def taken(actor: VMActor, vm: VM, run: TaskRun) -> Snapshot:
             if snapshot.spec.memory and snapshot.status.alive:
                 await _save_memory(environment, run, snapshot, machine)
     finally:
-        if going and machine is not None and machine.run_state is RunState.PAUSED:
+        halted = machine is not None and machine.run_state is RunState.PAUSED
+        if going and halted and snapshot.spec.memory and machine is not None:
             with contextlib.suppress(QmpError, TimeLimitError):
                 await machine.resume()
     memory = await asyncio.to_thread(memory_size, environment.snapshot_directory(snapshot))

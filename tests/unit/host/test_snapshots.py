@@ -351,3 +351,16 @@ async def test_what_leads_into_a_guest_that_goes_back_is_what_leads_there_now(ri
     plan = rig.hypervisor.machine.plan
     assert plan.incoming is not None
     assert [forward.host_port for port in plan.ports for forward in port.forwards] == [8081]
+
+
+async def test_a_guest_that_somebody_else_has_paused_stays_so(rig: Rig) -> None:
+    """As who sees that there is no room for what an NVMe disk is written."""
+    machine = await running(rig)
+    began, go = blocked(rig, "branch")
+    task = await ask(rig, SnapshotCreate(name="one"))
+    await began.wait()
+    await machine.pause()
+    go.set()
+    assert (await rig.final(task)).status.state is TaskState.SUCCEEDED
+    assert machine.run_state is RunState.PAUSED
+    assert (await rig.world.vm("web1")).status.state is VMState.PAUSED
