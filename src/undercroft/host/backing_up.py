@@ -183,6 +183,7 @@ async def back_up(environment: Environment, vm: VM, checkpoint: Checkpoint, run:
         full = bool(run.arguments.get("full"))
         since, why = await _since(environment, vm, parent, full)
         packs = await in_thread(lambda _: repository.packs(write=True))
+        packs.careful = full
         try:
             backing = Backing(
                 environment, vm, checkpoint, id, str(run.arguments.get("description", ""))

@@ -291,3 +291,19 @@ class TestPlaces:
         assert repository.get(first.id).id == first.id
         with pytest.raises(NotFoundError):
             repository.get("bk-0000000000000000")
+
+
+def test_a_full_backup_does_not_rely_on_what_is_damaged(repository: Repository):
+    content = bytes(range(256)) * 256
+    first = add(repository, content)
+    (pack,) = (repository.path / "packs").iterdir()
+    data = bytearray(pack.read_bytes())
+    data[60] ^= 1  # in the content of the first record
+    pack.write_bytes(data)
+    packs = repository.packs(write=True)
+    packs.careful = True
+    try:
+        with pytest.raises(DataCorruptError, match="damaged"):
+            backup_of(packs, FakeDisk(content), first)
+    finally:
+        packs.close()

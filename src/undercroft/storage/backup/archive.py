@@ -27,6 +27,8 @@ from undercroft.storage.backup.repository import decode_manifest, encode_manifes
 class ArchiveWriter:
     """Makes an archive, a piece at a time. For one thread."""
 
+    careful = False
+
     def __init__(self, send: Callable[[bytes], None]) -> None:
         self._send = send
         self._seen: set[bytes] = set()

@@ -33,7 +33,10 @@ _PART = ".part"
 
 
 class Packs:
-    """The packs in a directory, with their index. For one thread; close it."""
+    """The packs in a directory, with their index. For one thread; close it. ``careful``: what is
+    there already is read before it is relied upon."""
+
+    careful = False
 
     def __init__(self, directory: Path, index: Path | None, *, write: bool = False) -> None:
         self.directory = directory
@@ -130,10 +133,12 @@ class Packs:
         """Adds a content unless it is there; what names it.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: it cannot be written. DataCorruptError: it is there, but damaged.
         """
         digest = digest or digest_of(content)
         if self.has(digest):
+            if self.careful:
+                self.get(digest)
             return digest
         if self._encoder is None:
             self._encoder = Encoder()

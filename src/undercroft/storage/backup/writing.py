@@ -17,7 +17,9 @@ MOST_FILE = 64 << 20  # bytes that firmware variables or a TPM's state never hav
 
 
 class Sink(Protocol):
-    """Where contents go: a repository's packs, or an archive."""
+    """Where contents go: a repository's packs, or an archive. ``careful``: see `Packs`."""
+
+    careful: bool
 
     def has(self, digest: bytes) -> bool:
         """Whether a content is there."""
@@ -164,7 +166,7 @@ def _put_chunk(sink: Sink, content: memoryview, old: bytes) -> bytes:
     if content == _ZEROES[: len(content)]:
         return ZERO_HASH
     digest = digest_of(content)
-    if digest == old:
+    if digest == old and not sink.careful:
         return digest
     return sink.put(CHUNK_KIND, content, digest)
 
