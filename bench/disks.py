@@ -112,11 +112,17 @@ def _live(ours: Installation, client: Client, directory: Path, runs: int) -> Sec
     assert vm.status.instance is not None
     pid = vm.status.instance.pid
     names = numbered("s")
+    stood: list[float] = []
 
     def snapshot(memory: bool) -> float:
         request = SnapshotCreate(name=next(names), memory=memory)
         create = client.snapshots.create
         took = stopped(pid, lambda: client.tasks.wait(create(_VM, request), LIMIT))
+        if memory:
+            told = client.snapshots.get(_VM, request.name or "").status.stood_still
+            if told is None:
+                raise RuntimeError("it is not told how long the guest stood still")
+            stood.append(told)
         client.tasks.wait(client.snapshots.remove(_VM, request.name or ""), LIMIT)
         return took
 
@@ -124,6 +130,7 @@ def _live(ours: Installation, client: Client, directory: Path, runs: int) -> Sec
     mine = alternate(
         runs, {"disks": lambda: snapshot(memory=False), "memory": lambda: snapshot(memory=True)}
     )
+    mine["stopped"] = Series(tuple(stood[-runs:]))
     by_hand = ByHand.of(ours.data / "run/vms" / vm.meta.id, pid, directory)
     ours.croft("stop", "--force", _VM)
     theirs = _by_hand(by_hand, directory, runs)
@@ -163,34 +170,39 @@ def _by_hand(by_hand: ByHand, directory: Path, runs: int) -> dict[str, Series]:
             return took
 
         def save() -> float:
-            line = f"savevm {next(names)}"
-            return stopped(
-                pid, lambda: monitor.execute("human-monitor-command", **{"command-line": line})
-            )
+            line = {"command-line": f"savevm {next(names)}"}
+            took = stopped(pid, lambda: monitor.execute("human-monitor-command", **line))
+            stood.append(monitor.stood())
+            return took
 
-        return alternate(runs, {"disks": overlay, "memory": save})
+        stood: list[float] = []
+        found = alternate(runs, {"disks": overlay, "memory": save})
+        return found | {"stopped": Series(tuple(stood[-runs:]))}
 
 
 def _stood_still(
     mine: Mapping[str, Series], theirs: Mapping[str, Series], quiet: Series
 ) -> Section:
-    must = f"≤ {_STOPPED * 1000:.0f} ms"
-
-    def figure(what: str, kind: str) -> Figure:
+    def figure(what: str, kind: str, *, judged: bool) -> Figure:
         ours = mine[kind]
-        reached = ours.median <= _STOPPED
+        must = f"≤ {_STOPPED * 1000:.0f} ms" if judged else ""
+        reached = ours.median <= _STOPPED if judged else None
         return Figure(what, must, ours, Unit.SECONDS, reached, theirs[kind])
 
     return Section(
         "disks",
-        "Snapshots of a running VM: how long its guest stands still",
-        f"A tiny VM with {_MEMORY // MiB} MiB whose processor is kept busy. Standing still is the "
-        "time in which the thread of its processor neither ran nor waited for a core of the host, "
-        "in one stop or several. By hand `blockdev-snapshot-sync`, and `savevm`.",
+        "Snapshots of a running VM: how long its guest is stopped",
+        f"A tiny VM with {_MEMORY // MiB} MiB whose processor is kept busy. Stopped is from QEMU's "
+        "event STOP to RESUME, of which a snapshot of disks has none. Standing still, as seen from "
+        "outside, is all time in which the thread of its processor neither ran nor waited for a "
+        "core of the host: also the many waits, each of less than a millisecond or a few, of a "
+        "processor whose memory is being written out. By hand `blockdev-snapshot-sync`, and "
+        "`savevm`.",
         [
-            figure("snapshot of its disks", "disks"),
-            figure("snapshot with its memory", "memory"),
-            Figure("while nothing is done with it", "", quiet, Unit.SECONDS, None),
+            figure("snapshot of its disks: stands still", "disks", judged=True),
+            figure("snapshot with its memory: stopped", "stopped", judged=True),
+            figure("snapshot with its memory: stands still, all in all", "memory", judged=False),
+            Figure("stands still while nothing is done with it", "", quiet, Unit.SECONDS, None),
         ],
         "QEMU by hand",
     )

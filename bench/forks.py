@@ -62,6 +62,15 @@ class Channel:
             raise RuntimeError(f"{command} failed: {answer['error']}")
         return answer["return"]
 
+    def stood(self) -> float:
+        """Seconds for which the guest was stopped last, by the events that came until now."""
+        moments = {"STOP": 0.0, "RESUME": 0.0}
+        for event in self._events:
+            if event["event"] in moments:
+                stamp = event["timestamp"]
+                moments[event["event"]] = stamp["seconds"] + stamp["microseconds"] / 1e6
+        return moments["RESUME"] - moments["STOP"]
+
     def event(self, name: str) -> dict[str, Any]:
         """The data of the next event of this name, those included that came while something else
         was waited for; others are forgotten."""
