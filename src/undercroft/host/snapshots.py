@@ -114,6 +114,9 @@ async def taken(actor: VMActor, vm: VM, run: TaskRun) -> Snapshot:
         if machine is not None and await _to_be_saved_live(environment, snapshot, machine):
             stood = await _save_live(environment, vm, run, snapshot, machine)
         else:
+            if machine is not None and snapshot.spec.memory and not switched:
+                with contextlib.suppress(WrongStateError):  # it runs, and its memory is saved
+                    await machine.make_savable()
             async with quiescent(actor, quiet):
                 await to_its_end(_switch_and_branch(actor, vm, snapshot, machine))
             if snapshot.spec.memory and snapshot.status.alive:

@@ -47,7 +47,7 @@ from undercroft.hypervisor.state import (
     needs,
 )
 from undercroft.hypervisor.state_file import discard_state, suspended_plan
-from undercroft.hypervisor.suspend import save_devices, save_state
+from undercroft.hypervisor.suspend import make_savable, save_devices, save_state
 from undercroft.model.errors import (
     GuestAgentError,
     QmpError,
@@ -332,6 +332,16 @@ class QemuMachine(MachineDisks):
         finally:
             if self.run_state is RunState.SUSPENDING:
                 self._set_state(before)
+
+    @needs(*STOPPED)
+    async def make_savable(self) -> None:
+        """Before `save_memory`, where the guest must not go on for a moment later than this: as
+        when its disks branch off in between.
+
+        Raises:
+            QmpError, TimeLimitError: it did not work.
+        """
+        await make_savable(self._monitor)
 
     @needs(RunState.RUNNING)
     async def save_live(

@@ -15,7 +15,7 @@ from undercroft.hypervisor.qmp import Monitor
 from undercroft.hypervisor.state_file import part_path, publish_state
 from undercroft.model.errors import NoSpaceError, QmpError
 
-__all__ = ["alone", "save_devices", "save_state"]
+__all__ = ["alone", "make_savable", "save_devices", "save_state"]
 
 
 def alone(plan: MachinePlan) -> MachinePlan:
@@ -37,17 +37,25 @@ async def save_state(
     part = part_path(path)
     try:
         if not await _written_already(monitor, part, progress):
-            if (await monitor.execute("query-status"))["status"] == "postmigrate":
-                # QEMU does not migrate twice in a row; there is no file, so the guest may go on
-                # for a moment.
-                await monitor.execute("cont")
-                await monitor.execute("stop")
+            await make_savable(monitor)  # there is no file, so the guest may go on for a moment
             await write_to(monitor, part, progress)
         await asyncio.to_thread(publish_state, part, path, alone(plan))
     except OSError as error:
         raise NoSpaceError(f"the state of vm {plan.name} cannot be written: {error}") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+async def make_savable(monitor: Monitor) -> None:
+    """Sees to it that the state of a guest that stands still can be written. QEMU does not do that
+    twice in a row: it may have to go on for a moment.
+
+    Raises:
+        QmpError, TimeLimitError: it did not work.
+    """
+    if (await monitor.execute("query-status"))["status"] == "postmigrate":
+        await monitor.execute("cont")
+        await monitor.execute("stop")
 
 
 async def save_devices(monitor: Monitor, plan: MachinePlan, path: Path) -> None:

@@ -289,3 +289,21 @@ async def test_one_that_nobody_follows_any_more_goes_on_when_it_is_told_to(
     await guest.type("")
     await guest.until(b"# ")
     assert await guest.run("echo on") == "on"
+
+
+async def test_a_paused_guest_is_saved_twice_with_the_disks_that_it_has(
+    lab: Lab, tmp_path: Path
+) -> None:
+    """It does not go on after they have branched off: that would be in its memory only."""
+    saved = await Saved.boot(lab)
+    machine = saved.guest.machine
+    await machine.pause()
+    await machine.save_memory(tmp_path / "one")
+    await machine.make_savable()
+    lab.events.clear()
+    await machine.branch((saved.upper,))
+    await machine.save_memory(tmp_path / "two")
+    states = [event.state for event in lab.events if event.kind == "state"]
+    assert RunState.RUNNING not in states
+    await machine.resume()
+    assert await saved.guest.run("echo on") == "on"

@@ -163,6 +163,10 @@ class FakeMachine:
         await self._call("save_memory")
         self._write(path)
 
+    async def make_savable(self) -> None:
+        self._need(RunState.PAUSED, RunState.IO_ERROR)
+        await self._call("make_savable")
+
     def _write(self, path: Path) -> None:
         if self.over:
             raise QmpError("it is gone")

@@ -364,3 +364,11 @@ async def test_a_guest_that_somebody_else_has_paused_stays_so(rig: Rig) -> None:
     assert (await rig.final(task)).status.state is TaskState.SUCCEEDED
     assert machine.run_state is RunState.PAUSED
     assert (await rig.world.vm("web1")).status.state is VMState.PAUSED
+
+
+async def test_a_paused_guest_does_not_go_on_between_its_disks_and_its_memory(rig: Rig) -> None:
+    machine = await running(rig)
+    await rig.final(await rig.world.operations.vms.pause(SYSTEM, "web1"))
+    machine.calls.clear()
+    assert (await rig.final(await ask(rig, MEMORY))).status.state is TaskState.SUCCEEDED
+    assert machine.calls == ["make_savable", "branch", "save_memory"]
