@@ -25,6 +25,7 @@ from undercroft.host.importing import forget_upload
 from undercroft.host.layers import collect_layers, get_layer, new_layer, volume_status
 from undercroft.host.outcome import TaskRun, change_status, write
 from undercroft.host.reading import opened, serving
+from undercroft.host.snapshot_files import restore_state, staged_state
 from undercroft.host.uploads import upload_path
 from undercroft.hypervisor.plan import DiskFormat, DiskLayer
 from undercroft.hypervisor.state_file import discard_state
@@ -72,6 +73,8 @@ async def restore_over(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
             await restoring.disk(index, disk.volume)
             for index, disk in zip(places, vm.spec.disks, strict=True)
         ]
+        directory = environment.vm_directory(vm.meta.id)
+        await in_thread(lambda _: restoring.files(directory, stage=True))
         await run.commit()
         if actor.machine is not None:
             await run.progress(None, "switching it off")
@@ -86,9 +89,8 @@ async def restore_over(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
             vm.meta.id,
             lambda v: change_status(v, state=VMState.STOPPED, instance=None),
         )
-        directory = environment.vm_directory(vm.meta.id)
         await _become(environment, made)
-        await in_thread(lambda _: restoring.files(directory, replace=True))
+        await in_thread(lambda _: restore_state(directory))
     await collect_layers(environment)
     shape = run.arguments.get("shape")
 
@@ -140,6 +142,7 @@ class Restoring:
         self._run = run
         self._lenient = bool(run.arguments.get("damaged"))
         self._made: list[Path] = []
+        self._staged: Path | None = None
         self._packs: Packs | Archive | None = None
         self._lock: RepositoryLock | None = None
         self.backup: Backup
@@ -175,6 +178,8 @@ class Restoring:
             self._packs.close()
         if self._lock is not None:
             self._lock.close()
+        if self._staged is not None:
+            await asyncio.to_thread(remove_tree, self._staged)
         for path in self._made:
             await asyncio.to_thread(path.unlink, missing_ok=True)
             await asyncio.to_thread(self._environment.keys.remove, path.name)
@@ -185,13 +190,14 @@ class Restoring:
             raise DataError("the repository is closed")
         return self._packs.get(digest)
 
-    def files(self, directory: Path, *, replace: bool = False) -> None:
-        """Puts the files beside the disks into the VM's directory. Blocks."""
+    def files(self, directory: Path, *, stage: bool = False) -> None:
+        """Puts the files beside the disks into the VM's directory, or only where `restore_state`
+        needs no more room (gone with the block, too). Blocks."""
         with disk_full_is_clear("restoring a backup", directory):
-            if replace:
-                for name in ("nvram.fd", "tpm"):
-                    path = directory / name
-                    path.unlink(missing_ok=True) if path.is_file() else remove_tree(path)
+            if stage:
+                directory = self._staged = staged_state(directory)
+                remove_tree(directory)
+                directory.mkdir(mode=0o700)
             restore_files(self.get, self.backup, directory, lenient=self._lenient)
             sync_directory(directory)
 

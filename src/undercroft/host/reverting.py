@@ -14,6 +14,7 @@ from undercroft.host import power
 from undercroft.host.actor import Outcome, VMActor
 from undercroft.host.attachments import disk_of, free_volume, sized
 from undercroft.host.environment import Environment
+from undercroft.host.files import remove_tree
 from undercroft.host.layers import (
     check_chain,
     collect_layers,
@@ -23,7 +24,7 @@ from undercroft.host.layers import (
     volume_status,
 )
 from undercroft.host.outcome import TaskRun, change_spec, change_status, write
-from undercroft.host.snapshot_files import check_state, restore_state
+from undercroft.host.snapshot_files import check_state, restore_state, stage_state, staged_state
 from undercroft.hypervisor.state_file import discard_state, link_state
 from undercroft.model.errors import DataError, StaleError
 from undercroft.model.layer import Layer
@@ -49,7 +50,9 @@ async def revert(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
         raise DataError("the snapshot is gone", object=f"snapshot {run.arguments.get('name')}")
     snapshot = found.record
     layers = await _new_heads(environment, snapshot)
+    directory = environment.vm_directory(vm.meta.id)
     try:
+        await in_thread(lambda _: stage_state(environment, snapshot))
         await run.commit()
         if actor.machine is not None:
             await run.progress(None, "switching it off")
@@ -62,7 +65,7 @@ async def revert(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
     finally:
         environment.held -= {layer.meta.id for layer in layers.values()}
     await collect_layers(environment)
-    await in_thread(lambda _: restore_state(environment, snapshot))
+    await in_thread(lambda _: restore_state(directory))
     if snapshot.status.memory:
         memory = environment.snapshot_directory(snapshot) / "memory"
         await in_thread(lambda _: link_state(memory, saved))
@@ -150,6 +153,9 @@ async def undo(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
     for volume in run.arguments.get("volumes", ()):
         if found is None or disk_of(found.record, volume) is None:
             await free_volume(environment, volume, vm.meta.id)
+    staged = staged_state(environment.vm_directory(vm.meta.id))
+    await in_thread(lambda _: remove_tree(staged))
+    await collect_layers(environment)
     return Outcome(lambda record: record)
 
 

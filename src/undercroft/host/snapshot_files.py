@@ -75,19 +75,36 @@ def copy_besides(source: Path, target: Path) -> None:
     sync_directory(target)
 
 
-def restore_state(environment: Environment, snapshot: Snapshot) -> None:
-    """Puts firmware variables and the TPM's state back.
+def staged_state(directory: Path) -> Path:
+    """Where, in a VM's directory, that is which is about to become its state."""
+    return directory / "coming-back"
+
+
+def stage_state(environment: Environment, snapshot: Snapshot) -> None:
+    """Copies firmware variables and the TPM's state to where `restore_state` needs no more room.
 
     Raises:
-        DataError: they are gone.
+        DataError: they are gone. OSError: there is no room; nothing was copied.
     """
-    target = environment.vm_directory(snapshot.spec.vm)
-    source = environment.snapshot_directory(snapshot)
     check_state(environment, snapshot)
+    staged = staged_state(environment.vm_directory(snapshot.spec.vm))
+    remove_tree(staged)
+    try:
+        copy_besides(environment.snapshot_directory(snapshot), staged)
+    except BaseException:
+        remove_tree(staged)
+        raise
+
+
+def restore_state(directory: Path) -> None:
+    """Puts back what was staged into the directory of a VM."""
+    staged = staged_state(directory)
     for name in _BESIDES:
-        remove_tree(target / name)
-    _copy(source, target)
-    sync_directory(target)
+        remove_tree(directory / name)
+        if (staged / name).exists():
+            (staged / name).rename(directory / name)
+    remove_tree(staged)
+    sync_directory(directory)
 
 
 def _copy(source: Path, target: Path) -> None:
