@@ -81,7 +81,8 @@ async def check_host(
     processes = await asyncio.to_thread(orphans.marked_processes, data)
     files = await asyncio.to_thread(_files, data)
     records = await _Records.read(environment.store)
-    strays = {pid: vm for pid, vm in processes.items() if vm not in owned()}
+    accounted = owned() | records.templates
+    strays = {pid: owner for pid, owner in processes.items() if owner not in accounted}
     findings = await asyncio.to_thread(
         lambda: [
             *_processes(environment, strays, repair),

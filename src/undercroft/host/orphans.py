@@ -1,7 +1,7 @@
 """QEMU processes that a crash of the daemon left without an owner.
 
-Every emulator is marked with its VM's directory; one that belongs to this data directory and that
-no VM's record accounts for is ended.
+Every emulator is marked with its VM's directory, or one in that of the template whose memory it
+makes; one that belongs to this data directory and that no record accounts for is ended.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ PATIENCE = 5.0  # seconds to wait for a killed process to be gone
 
 
 def marked_processes(data: Path) -> dict[int, str]:
-    """Living emulators that belong to this data directory, by pid, with the id of their VM."""
-    home = data.resolve() / "vms"
+    """Living emulators that belong to this data directory, by pid, with the id of their VM or
+    template."""
+    home = data.resolve()
     found: dict[int, str] = {}
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
@@ -35,8 +36,9 @@ def marked_processes(data: Path) -> dict[int, str]:
             if not program.startswith(PROGRAMS):
                 continue
             directory = _marked(entry)
-            if directory is not None and directory.parent.resolve() == home and _lives(entry):
-                found[int(entry)] = directory.name
+            owner = None if directory is None else _owner(directory, home)
+            if owner is not None and _lives(entry):
+                found[int(entry)] = owner
         except OSError:
             continue
     return found
@@ -48,6 +50,18 @@ def _marked(pid: str) -> Path | None:
         if variable.startswith(prefix):
             return Path(os.fsdecode(variable.removeprefix(prefix)))
     return None
+
+
+def _owner(directory: Path, home: Path) -> str | None:
+    try:
+        parts = directory.resolve().relative_to(home).parts
+    except ValueError:
+        return None
+    match parts:
+        case ("vms", id) | ("templates", id, *_):
+            return id
+        case _:
+            return None
 
 
 def _lives(pid: str) -> bool:

@@ -39,6 +39,13 @@ def test_only_emulators_of_this_data_directory(tmp_path: Path, lab: Emulators) -
     assert marked_processes(tmp_path / "link") == {mine: "vm-a"}
 
 
+def test_what_made_the_memory_of_a_template(tmp_path: Path, lab: Emulators) -> None:
+    left = lab.start(tmp_path / "templates" / "tpl-a" / "work" / "vm")
+    assert strays(tmp_path, {"vm-a"}) == {left: "tpl-a"}
+    assert end_processes(tmp_path, {left}) == [left]
+    assert not lab.lives(left)
+
+
 def test_those_with_an_owner_live_on(tmp_path: Path, lab: Emulators) -> None:
     data = tmp_path / "data"
     owned = lab.start(data / "vms" / "vm-a")
