@@ -109,7 +109,7 @@ def _told(task: Any) -> str:
 
 
 class Ls(Command):
-    """``croft backup ls [DIR]``"""
+    """``croft backup ls [DIR | --from DIR]``"""
 
     description = "Lists the backups in a directory, oldest first."
     examples = (
@@ -119,10 +119,14 @@ class Ls(Command):
 
     def arguments(self, parser: Parser) -> None:
         parser.add_argument("directory", nargs="?", metavar="DIR", help=f"(default: {VARIABLE})")
+        add_from(parser)
         parser.add_argument("--vm", metavar="VM", help="only those of this VM")
 
     def run(self, croft: Croft, args: Namespace) -> int:
-        params: dict[str, object] = {"repository": repository(croft, args.directory, "DIR")}
+        if args.directory and args.source:
+            raise UsageError("the directory is named twice", "give DIR, or --from DIR")
+        path = repository(croft, args.directory or args.source, "DIR")
+        params: dict[str, object] = {"repository": path}
         if args.vm:
             params["vm"] = args.vm
         answer = croft.api.get("/v1/backups", params)
@@ -223,9 +227,14 @@ class Verify(Command):
             croft,
             [path],
             lambda _: croft.api.post("/v1/backups/verify", body),
-            lambda task: f"is as it was: {dig(task, 'status.result.verified', 0)} backups verified",
+            _verified,
             no_wait=args.no_wait,
         )
+
+
+def _verified(task: Any) -> str:
+    count = dig(task, "status.result.verified", 0)
+    return f"is as it was: {count} backup{'' if count == 1 else 's'} verified"
 
 
 class Rm(Command):
@@ -256,9 +265,9 @@ class Rm(Command):
 
 
 def _freed(task: Any) -> str:
-    count = len(dig(task, "status.result.removed", ()))
+    removed = ", ".join(dig(task, "status.result.removed", ()))
     freed = size(dig(task, "status.result.freed", 0))
-    return f"has {count} backup{'' if count == 1 else 's'} less; {freed} were freed"
+    return f"no longer has {removed}; {freed} were freed"
 
 
 class Prune(Command):
@@ -295,6 +304,11 @@ class Prune(Command):
             "vm": args.vm,
             "dry_run": args.dry_run,
         }
+        before = croft.api.get("/v1/backups", {"repository": body["repository"]})["backups"]
+        about = {
+            backup["id"]: f" ({backup['name']}, {ago(time.time() - backup['created'])} old)"
+            for backup in before
+        }
         answer = croft.api.post("/v1/backups/prune", body)
         code = OK
         if answer.get("task"):
@@ -306,8 +320,10 @@ class Prune(Command):
             return code
         if code == OK:
             told = "would be removed" if args.dry_run else "is removed"
+            if not answer["backups"]:
+                croft.note("all of them are kept")
             for id in answer["backups"]:
-                croft.say(f"{id} {told}")
+                croft.say(f"{id}{about.get(id, '')} {told}")
             if answer.get("task"):
                 croft.say(f"{size(dig(answer['task'], 'status.result.freed', 0))} were freed")
         return code

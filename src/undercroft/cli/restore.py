@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from undercroft.cli.backups import add_from, repository
 from undercroft.cli.command import Command, Namespace, Parser
 from undercroft.cli.errors import OK, UsageError
+from undercroft.cli.output import dig, local_time, size
 from undercroft.client.raw import quote
 
 TYPE_CHECKING = False
@@ -64,18 +66,29 @@ class Restore(Command):
             "datastore": args.datastore,
             "damaged": args.damaged,
         }
-        told = f"is as it was in {args.backup}" if args.over else f"is restored from {args.backup}"
         return act(
             croft,
             [args.backup],
             lambda _: croft.api.post("/v1/backups/restore", body),
-            told,
+            lambda task: _told(task, over=bool(args.over)),
             no_wait=args.no_wait,
         )
 
 
+def _told(task: Any, *, over: bool) -> str:
+    asked = dig(task, "spec.arguments", {})
+    what = str(asked.get("backup", "the backup"))
+    if moment := asked.get("moment"):
+        what += f" ({local_time(moment)})"
+    if not over:
+        return f"is restored from {what}"
+    off = f", switched off: croft start {dig(task, 'spec.object.name')}" if asked.get("off") else ""
+    return f"is as it was in {what}{off}"
+
+
 def _source(croft: Croft, args: Namespace) -> dict[str, Any]:
     if args.backup != "-":
+        _no_file(args.backup)
         return {"repository": repository(croft, args.source), "backup": args.backup}
     from undercroft.cli.sending import Pipe
     from undercroft.cli.sending import send as upload
@@ -85,6 +98,24 @@ def _source(croft: Croft, args: Namespace) -> dict[str, Any]:
     pipe = Pipe(sys.stdin.fileno())
     upload(croft, "send the backup", pipe)
     return {"upload": pipe.key}
+
+
+def _no_file(backup: str) -> None:
+    """Does nothing with what can be a backup's id or a VM's name.
+
+    Raises:
+        UsageError: it is a file or directory.
+    """
+    if "/" not in backup and not (backup.endswith(".backup") and os.path.isfile(backup)):
+        return
+    if os.path.isdir(backup):
+        raise UsageError(
+            f"{backup} is a directory: which backup in it?",
+            f"croft backup restore BACKUP --from {backup}; see: croft backup ls {backup}",
+        )
+    raise UsageError(
+        f"{backup} is the name of a file, not a backup's id", f"croft backup restore - < {backup}"
+    )
 
 
 def send(croft: Croft, args: Namespace) -> int:
@@ -110,7 +141,10 @@ def send(croft: Croft, args: Namespace) -> int:
         timeout=600.0,
     )
     with shown(croft, f"back up {name}", None, 0) as count:
+        sent = 0
         for piece in count(response.chunks()):
             sys.stdout.buffer.write(piece)
+            sent += len(piece)
     sys.stdout.buffer.flush()
+    croft.note(f"{name} is backed up: {size(sent)}")
     return OK

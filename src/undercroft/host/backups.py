@@ -252,11 +252,9 @@ class BackupWorker:
 
             found, count = await in_thread(work)
         if found:
-            id, problems = next(iter(found.items()))
             raise DataCorruptError(
-                f"{len(found)} of {max(count, len(found))} backups are damaged: {id}: "
-                f"{problems[0]}",
-                object=f"backup {id}",
+                damage(found, count),
+                object=f"backup {next(iter(found))}",
                 action="back up again with --full to another directory",
                 damaged={id: problems[:20] for id, problems in list(found.items())[:50]},
             )
@@ -287,6 +285,13 @@ class BackupWorker:
                     action="the backups are removed; make room, then: croft backup prune",
                 ) from error
         return {"removed": ids, "freed": freed}, None
+
+
+def damage(found: dict[str, list[str]], count: int) -> str:
+    """What is wrong with the ``found`` ones (ids) of so many backups, in a sentence."""
+    each = "; ".join(f"{id}: {problems[0]}" for id, problems in list(found.items())[:10])
+    others = f"; and {len(found) - 10} others" if len(found) > 10 else ""
+    return f"{len(found)} of {max(count, len(found))} backups are damaged: {each}{others}"
 
 
 def _part(

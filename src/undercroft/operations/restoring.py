@@ -51,6 +51,7 @@ async def restore(context: Context, caller: Caller, request: RestoreRequest) -> 
         arguments["repository"] = path = check_repository(request.repository)
         backup = await context.services.backup(path, request.backup)
     arguments["backup"] = backup.id
+    arguments["moment"] = backup.created
     if request.over is not None:
         if request.name is not None:
             raise InvalidError("a backup becomes a new VM, or goes over one: not both")
@@ -71,13 +72,17 @@ async def _over(
         check_volume_size(disk.size)
 
     async def prepare(vm: VM, _: Volumes) -> tuple[VM, dict[str, object]]:
+        alive = vm.status.state.alive
         if not request.force:
+            off = f"{vm.label} is {vm.status.state}: going back would switch it off, and it"
             raise WrongStateError(
-                f"{vm.label} would lose what it is now",
+                f"{off if alive else vm.label} would lose what it is now",
                 object=vm.label,
                 action="if that is what you want: --force; or make a new VM of it with --as NAME",
+                state=vm.status.state,
             )
         await check_settled(context, vm)
+        arguments["off"] = alive and not request.start
         arguments["places"] = _places(vm, backup, shape)
         kept = {name: getattr(shape, name) for name in SHAPE}
         check_vm_spec(msgspec.structs.replace(vm.spec, **kept))

@@ -269,6 +269,15 @@ class TestPlaces:
         with pytest.raises(DataError, match="no repository can be made"):
             Repository.create(tmp_path / "a" / "b", "repo-0")
 
+    def test_a_file_is_none(self, tmp_path: Path):
+        file = tmp_path / "web1.backup"
+        file.write_bytes(b"x")
+        with pytest.raises(InvalidError, match="is a file"):
+            Repository.create(file, "repo-0")
+        with pytest.raises(NotFoundError, match="is a file") as raised:
+            Repository.open(file)
+        assert f"croft backup restore - < {file}" in (raised.value.action or "")
+
     def test_one_that_is_there_is_taken(self, repository: Repository):
         assert Repository.create(repository.path, "repo-1").id == "repo-0000000000000000"
 

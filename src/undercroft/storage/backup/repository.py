@@ -65,13 +65,19 @@ class Repository:
             NotFoundError: there is none. DataError: it cannot be read, or is a newer one.
         """
         about = path / _ABOUT
+        if path.is_file():
+            raise NotFoundError(
+                f"{path} is a file, not a directory with backups",
+                object=str(path),
+                action=f"if it came through a pipe: croft backup restore - < {path}",
+            )
         try:
             said: dict[str, Any] = msgspec.json.decode(about.read_bytes(), type=dict)
         except (FileNotFoundError, NotADirectoryError):
             raise NotFoundError(
                 f"there are no backups in {path}",
                 object=str(path),
-                action="make one: croft backup create VM --to DIR",
+                action="check the path; this makes one: croft backup create VM --to DIR",
             ) from None
         except (OSError, msgspec.MsgspecError) as error:
             raise DataError(f"{about} cannot be read: {error}", object=str(path)) from error
@@ -94,6 +100,12 @@ class Repository:
         """
         if (path / _ABOUT).exists():
             return cls.open(path)
+        if path.exists() and not path.is_dir():
+            raise InvalidError(
+                f"{path} is a file, not a directory",
+                object=str(path),
+                action="name an empty directory, or one that is not there yet",
+            )
         try:
             with disk_full_is_clear("a new repository", path.parent):
                 path.mkdir(mode=0o700, exist_ok=True)
