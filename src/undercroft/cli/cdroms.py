@@ -117,9 +117,10 @@ class Insert(Command):
     """``croft cdrom insert VM ISO``"""
 
     description = """
-        Puts a disc into a CD-ROM drive of a VM, running or not, in place of what is in it: an ISO
-        9660 or UDF image, which is a file on the daemon's host and stays where it is. The guest
-        sees the change. If it uses the disc that is in the drive, unmount that there first.
+        Puts a disc into a CD-ROM drive of a VM, running or not: an ISO 9660 or UDF image, which is
+        a file on the daemon's host and stays where it is. It goes into the first empty drive; into
+        the only one, or that of --drive, in place of what is in it. The guest sees the change. If
+        it uses the disc that is in the drive, unmount that there first.
     """
     examples = (
         ("croft cdrom insert web1 debian-12.iso", "into its drive"),

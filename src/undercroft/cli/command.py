@@ -72,12 +72,17 @@ class Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments: "):
             words = message.partition(": ")[2].split()
             word = words[0].partition("=")[0]
-            if not word.startswith("-"):
-                return f"{self.prog} does not take {word!r}", see
             known = [name for action in self._actions for name in action.option_strings]
+            if not word.startswith("-"):
+                if word.isdigit() and "--drive" in known:
+                    see = f"is it a drive? --drive {word}"
+                return f"{self.prog} does not take {word!r}", see
             if found := closest(word, known, 2):
                 see = f"did you mean {' or '.join(found)}? {see[0].upper()}{see[1:]}"
             return f"{self.prog} has no option {word}", see
+        option, _, value = message.partition(": invalid int value: ")
+        if value:
+            return f"{option.removeprefix('argument ')} is a whole number, not {value}", see
         return f"{self.prog}: {message}", see
 
 

@@ -75,7 +75,9 @@ class Create(Command):
         else:
             status = made["status"]
             shares = ", copies share blocks" if status.get("reflink") else ""
-            croft.say(f"datastore {args.name} is there ({size(status['free'])} free{shares})")
+            path = croft.out.clean(dig(made, "spec.path", body["path"]))
+            told = f"datastore {args.name} is there: {path}"
+            croft.say(f"{told} ({size(status['free'])} free{shares})")
         return OK
 
 

@@ -281,7 +281,7 @@ def volume_detail(croft: Croft, volume: Any) -> str:
         ("datastore", _name(croft, "datastores", dig(volume, "status.datastore"))),
         ("image", _name(croft, "images", dig(volume, "spec.image"))),
         ("vm", _name(croft, "vms", dig(volume, "spec.attached") or dig(volume, "spec.vm"))),
-        ("limits", _limits(dig(volume, "spec.limits", {}))),
+        ("limits", limits_text(dig(volume, "spec.limits", {}))),
         ("created", local_time(dig(volume, "meta.created", 0))),
         ("id", dig(volume, "meta.id", "")),
     ]
@@ -289,7 +289,7 @@ def volume_detail(croft: Croft, volume: Any) -> str:
     return f"{style.paint(dig(volume, 'meta.name', ''), 'bold')}  {line}\n" + _indent(body)
 
 
-def _limits(limits: Any) -> str:
+def limits_text(limits: Any) -> str:
     """Of operations and bytes per second."""
     kinds = ("", ""), ("read_", "of reading"), ("write_", "of writing")
     found = []
@@ -299,4 +299,8 @@ def _limits(limits: Any) -> str:
             found.append(f"{iops} operations{of}")
         if bandwidth := dig(limits, f"{prefix}bandwidth"):
             found.append(f"{size(bandwidth)}{of}")
-    return f"{', '.join(found)} per second" if found else ""
+    if not found:
+        return ""
+    burst = dig(limits, "burst", 0)
+    more = f" (ten times as much for {burst} s)" if burst else ""
+    return f"{', '.join(found)} per second{more}"

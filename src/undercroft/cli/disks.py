@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentTypeError
 
 from undercroft.cli.command import Command, Namespace, Parser, add_names, size
-from undercroft.cli.errors import UsageError
+from undercroft.cli.errors import UsageError, ours
 from undercroft.cli.output import dig
 from undercroft.client.raw import quote
 
@@ -53,6 +53,36 @@ def _volume(task: Any) -> str:
     return str(dig(task, "spec.arguments.name") or dig(task, "spec.object.name", ""))
 
 
+def _ask(croft: Croft, ref: str, verb: str, body: Any, order: str | None = None) -> Any:
+    """Asks for something of a volume. Who names a VM instead is told so, and the right ``order``
+    if both are the wrong way round."""
+    try:
+        return croft.api.post(f"/v1/volumes/{quote(ref)}/{verb}", body)
+    except Exception as error:
+        known = ours(error)
+        if known is None or known.code != "not-found" or known.object != f"volume {ref}":
+            raise
+        try:
+            vm = croft.api.get(f"/v1/vms/{quote(ref)}")
+            if order is not None:
+                croft.api.get(f"/v1/volumes/{quote(body['vm'])}")
+        except Exception as other:
+            if ours(other) is None:
+                raise
+            raise error from None
+        from undercroft.model.errors import InvalidError
+
+        action = f"the order is VOLUME VM: {order}" if order is not None else None
+        if action is None:
+            has = [disk["volume"] for disk in dig(vm, "spec.disks", ())]
+            volumes = croft.api.list("/v1/volumes", {"fields": "meta.id,meta.name"})
+            names = [dig(v, "meta.name") for v in volumes if dig(v, "meta.id") in has]
+            action = f"name a volume of it: {', '.join(names) or 'it has none'}"
+        raise InvalidError(
+            f"{ref} is a VM, not a volume", object=f"vm {ref}", action=action
+        ) from None
+
+
 class Attach(Command):
     """``croft volume attach VOLUME VM``"""
 
@@ -81,7 +111,9 @@ class Attach(Command):
         return act(
             croft,
             [args.name],
-            lambda ref: croft.api.post(f"/v1/volumes/{quote(ref)}/attach", body),
+            lambda ref: _ask(
+                croft, ref, "attach", body, f"croft volume attach {args.vm} {args.name}"
+            ),
             lambda task: f"has {_volume(task)}",
             no_wait=args.no_wait,
         )
@@ -108,7 +140,7 @@ class Detach(Command):
         return act(
             croft,
             args.names,
-            lambda ref: croft.api.post(f"/v1/volumes/{quote(ref)}/detach", {}),
+            lambda ref: _ask(croft, ref, "detach", {}),
             lambda task: f"no longer has {_volume(task)}",
             no_wait=args.no_wait,
         )
@@ -180,6 +212,7 @@ class Set(Command):
         _no_wait(parser)
 
     def run(self, croft: Croft, args: Namespace) -> int:
+        from undercroft.cli.detail import limits_text
         from undercroft.cli.power import act
 
         names = ["iops", "read_iops", "write_iops", "burst"]
@@ -187,15 +220,19 @@ class Set(Command):
         body = {name: value for name in names if (value := getattr(args, name)) is not None}
         if not body:
             raise UsageError("nothing is to be changed", "for instance: --iops 500")
+
+        def told(task: Any) -> str:
+            limits = dig(croft.api.get(f"/v1/volumes/{quote(args.name)}"), "spec.limits", {})
+            now = limits_text(limits) or "none"
+            if dig(task, "spec.object.kind") == "volume":
+                return f"has new limits: {now}"
+            return f"keeps to the limits of {_volume(task)}: {now}"
+
         return act(
             croft,
             [args.name],
             lambda ref: croft.api.patch(f"/v1/volumes/{quote(ref)}", body),
-            lambda task: (
-                "has new limits"
-                if dig(task, "spec.object.kind") == "volume"
-                else f"keeps to the limits of {_volume(task)}"
-            ),
+            told,
             no_wait=args.no_wait,
         )
 

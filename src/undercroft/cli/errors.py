@@ -32,7 +32,11 @@ NOT_THERE = 127
 INTERRUPTED = 130
 
 _CODES = {"not-found": NOT_FOUND, "daemon": NO_DAEMON}
-_LISTS = {"vm": ("/v1/vms", "croft ls"), "image": ("/v1/images", "croft image ls")}
+_LISTS = {
+    "vm": ("/v1/vms", "croft ls"),
+    "image": ("/v1/images", "croft image ls"),
+    "volume": ("/v1/volumes", "croft volume ls"),
+}
 
 
 class UsageError(Exception):
@@ -156,5 +160,7 @@ def _similar(croft: Croft, error: UndercroftError) -> str | None:
     if found := closest(name, dict.fromkeys(names), 3):
         return f"did you mean {' or '.join(found)}? All of them: {listing}"
     if not names:
-        return "there are no VMs yet: croft run tiny" if kind == "vm" else "there are no images yet"
+        return (
+            "there are no VMs yet: croft run tiny" if kind == "vm" else f"there are no {kind}s yet"
+        )
     return f"see what exists with: {listing}"

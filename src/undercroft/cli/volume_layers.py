@@ -163,11 +163,15 @@ def _text(croft: Croft, node: Any) -> str:
     sizes = style.paint(f"{size(node.get('allocated'))} of {size(node.get('size'))}", "dim")
     if node["kind"] == "image":
         return f"image {style.paint(style.clean(node.get('name', '')), 'bold')}  {sizes}"
-    names = [f"{ref['kind']} {style.clean(ref['name'])}" for ref in node.get("kept", ())]
+    names = [_keeper(style.clean(ref["name"]), ref) for ref in node.get("kept", ())]
     if volume := node.get("volume"):
         names.insert(0, f"volume {style.paint(style.clean(volume['name']), 'bold')}")
     what = ", ".join(names) or style.paint("shared", "dim")
     return f"{what}  {sizes}"
+
+
+def _keeper(name: str, ref: Any) -> str:
+    return f"{ref['kind']} {name}" + (f" of {ref['of']}" if ref.get("of") else "")
 
 
 class Usage(Command):
@@ -201,6 +205,9 @@ class Usage(Command):
                 ],
             }
             croft.print_json(report)
+            return OK
+        if not volumes:
+            croft.note("no volumes yet: every VM with a disk has one")
             return OK
         table = Table(croft.out, ("NAME", ">SIZE", ">OWN", ">SHARED"))
         for volume in volumes:

@@ -98,7 +98,8 @@ class Ls(Command):
             }
             for noun in ("vms", "images", "datastores")
         }
-        table = Table(croft.out, ("NAME", "STATE", ">SIZE", ">ON HOST", "VM", "IMAGE", "DATASTORE"))
+        columns = ("NAME", "STATE", ">SIZE", ">ON HOST", "ENCRYPTED", "VM", "IMAGE", "DATASTORE")
+        table = Table(croft.out, columns)
         for volume in volumes:
             vm = dig(volume, "spec.attached") or dig(volume, "spec.vm", "")
             image = dig(volume, "spec.image", "")
@@ -108,6 +109,7 @@ class Ls(Command):
                 dig(volume, "status.state", ""),
                 size(dig(volume, "spec.size")),
                 size(dig(volume, "status.allocated")),
+                "yes" if dig(volume, "spec.encrypted") else "",
                 names["vms"].get(vm, vm),
                 names["images"].get(image, image),
                 names["datastores"].get(place, place),

@@ -247,6 +247,12 @@ class DatastoreChange(Spec, frozen=True, kw_only=True):
     critical: float | None = None
 
 
+class Keeper(Ref, frozen=True, kw_only=True):
+    """What keeps a layer; ``of`` is the name of the VM that a snapshot is of."""
+
+    of: str | None = None
+
+
 class LayerNode(Model, frozen=True, kw_only=True):
     """A layer, or an image at the bottom (``kind`` is ``layer`` or ``image``), and what needs it:
     the volume that writes to it, the snapshots and templates that keep it. ``parent`` is the node
@@ -259,7 +265,7 @@ class LayerNode(Model, frozen=True, kw_only=True):
     size: int = 0
     allocated: int = 0
     volume: Ref | None = None
-    kept: tuple[Ref, ...] = ()
+    kept: tuple[Keeper, ...] = ()
 
 
 class LayerTree(Model, frozen=True, kw_only=True):

@@ -209,7 +209,10 @@ class DatastoreOperations:
             raise InUseError(
                 f"{found.record.label} is used by {users}",
                 object=found.record.label,
-                action="remove these first, or have them need nothing there: croft volume tree",
+                action="remove them, or copy what you need elsewhere first:\n"
+                "croft volume clone VOLUME NEW --full --datastore OTHER\n"
+                "what is elsewhere and only lies on something there: croft volume flatten VOLUME\n"
+                "how they lie on each other: croft volume tree",
             )
         id, name = found.record.meta.id, found.record.meta.name
         told = f"{found.record.label} was removed; its directory stays"

@@ -5,9 +5,10 @@ from __future__ import annotations
 from undercroft.model.base import Ref
 from undercroft.model.image import Image
 from undercroft.model.layer import Layer
-from undercroft.model.requests import LayerNode, LayerTree
+from undercroft.model.requests import Keeper, LayerNode, LayerTree
 from undercroft.model.snapshot import Snapshot
 from undercroft.model.template import Template
+from undercroft.model.vm import VM
 from undercroft.model.volume import Volume
 from undercroft.operations.context import Context
 
@@ -22,13 +23,15 @@ async def layer_tree(context: Context) -> LayerTree:
         for item in (await store.list(Volume)).items
         if item.record.status.head
     }
-    kept: dict[str, list[Ref]] = {}
+    vms = {item.record.meta.id: item.record.meta.name for item in (await store.list(VM)).items}
+    kept: dict[str, list[Keeper]] = {}
     for snapshot in (await store.list(Snapshot)).items:
         for kept_disk in snapshot.record.status.disks:
-            kept.setdefault(kept_disk.layer, []).append(Ref.to(snapshot.record))
+            of = vms.get(snapshot.record.spec.vm)
+            kept.setdefault(kept_disk.layer, []).append(_keeper(snapshot.record, of))
     for template in (await store.list(Template)).items:
         for frozen in template.record.status.disks:
-            kept.setdefault(frozen.layer, []).append(Ref.to(template.record))
+            kept.setdefault(frozen.layer, []).append(_keeper(template.record))
     used = {layer.spec.image for layer in layers.values() if layer.spec.image}
     nodes = [
         LayerNode(
@@ -55,6 +58,10 @@ async def layer_tree(context: Context) -> LayerTree:
             )
         )
     return LayerTree(nodes=tuple(nodes))
+
+
+def _keeper(record: Snapshot | Template, of: str | None = None) -> Keeper:
+    return Keeper(kind=record.kind, id=record.meta.id, name=record.meta.name, of=of)
 
 
 def _in_order(layers: dict[str, Layer]) -> list[Layer]:

@@ -176,18 +176,27 @@ class VolumeOperations(DiskOperations):
     async def _check_unused(self, volume: Volume) -> None:
         users = await users_of(self._context, volume)
         if users:
-            names = ", ".join(user.label for user in users[:5])
-            names += " and others" if users[5:] else ""
-            first = users[0]
-            remedy = "detach it first"
-            if isinstance(first, VM) and volume.spec.vm == first.meta.id:
-                remedy = f"it goes with its VM: croft rm {first.meta.name}, or detach it first"
-            elif isinstance(first, Snapshot):
-                remedy = "remove the snapshot first: going back to it would need the volume"
+            names, remedies = [], []
+            for user in users[:5]:
+                if isinstance(user, Snapshot):
+                    vm = await self._context.store.get(VM, user.spec.vm)
+                    of = vm.record.meta.name if vm is not None else user.spec.vm
+                    names.append(f"{user.label} of vm {of}")
+                    remedies.append(
+                        f"remove the snapshot, which needs it: croft snapshot rm {of} "
+                        f"{user.meta.name}"
+                    )
+                    continue
+                names.append(user.label)
+                remedy = f"detach it first: croft volume detach {volume.meta.name}"
+                if volume.spec.vm == user.meta.id:
+                    remedy = f"it goes with its VM: croft rm {user.meta.name}; or {remedy}"
+                remedies.append(remedy)
+            told = ", ".join(names) + (" and others" if users[5:] else "")
             raise InUseError(
-                f"{volume.label} is used by {names}",
+                f"{volume.label} is used by {told}",
                 object=volume.label,
-                action=remedy,
+                action="\n".join(remedies),
                 users=[user.meta.id for user in users],
             )
 

@@ -63,6 +63,12 @@ def test_add_and_rm(croft, drives):
     assert drives.sent("DELETE", "/v1/vms/web1/cdroms/2")
 
 
+def test_a_number_may_be_meant_as_a_drive(croft, drives):
+    done = croft("cdrom", "rm", "web1", "3")
+    assert done.code == 2
+    assert "--drive 3" in done.err
+
+
 def test_show(croft, drives):
     out = croft("show", "web1").out
     assert "drive 0 on sata: empty" in out

@@ -114,7 +114,8 @@ def test_what_a_datastore_is_told(croft, api):
     made = {"meta": {"name": "fast"}, "status": {"free": 1 << 30}}
     api.routes["POST", "/v1/datastores"] = api.routes["PATCH", "/v1/datastores/fast"] = made
     path = ["--path", "/srv/fast", "--warning", "70%"]
-    assert croft("datastore", "create", "fast", *path, "--default").code == 0
+    done = croft("datastore", "create", "fast", *path, "--default")
+    assert (done.code, done.out) == (0, "datastore fast is there: /srv/fast (1G free)\n")
     assert api.sent("POST", "/v1/datastores")[0].json == {
         "name": "fast",
         "path": "/srv/fast",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from tests.unit.operations.world import World
+from tests.unit.operations.world import HOST, World
 from undercroft.model.base import Meta
 from undercroft.model.errors import (
     AlreadyExistsError,
@@ -16,6 +16,7 @@ from undercroft.model.errors import (
     NotFoundError,
     WrongStateError,
 )
+from undercroft.model.layer import Layer, LayerSpec
 from undercroft.model.names import new_id
 from undercroft.model.requests import VolumeClone, VolumeCreate
 from undercroft.model.snapshot import Snapshot, SnapshotDisk, SnapshotSpec, SnapshotStatus
@@ -24,6 +25,7 @@ from undercroft.model.units import GiB
 from undercroft.model.volume import Volume, VolumeState
 from undercroft.operations.access import SYSTEM, VIEW, Caller
 from undercroft.operations.context import find
+from undercroft.operations.volume_tree import layer_tree
 from undercroft.operations.volume_use import check_idle
 from undercroft.store.interface import Put, Transaction, update
 
@@ -109,8 +111,28 @@ async def test_one_that_is_needed_stays(world: World) -> None:
         ),
     )
     await world.store.transact(Transaction(puts=[Put(snapshot)]))
-    with pytest.raises(InUseError, match="snapshot before"):
+    with pytest.raises(InUseError, match="snapshot before of vm web1") as raised:
         await world.operations.volumes.remove(SYSTEM, "data")
+    assert "croft snapshot rm web1 before" in (raised.value.action or "")
+
+
+async def test_the_tree_tells_which_vm_a_snapshot_is_of(world: World) -> None:
+    vm = await world.created("web1", disk=GiB)
+    layer = Layer(
+        meta=Meta(id=new_id("layer"), name="layer", created=1.0),
+        spec=LayerSpec(host=HOST, size=GiB),
+    )
+    disk = SnapshotDisk(volume=vm.spec.disks[0].volume, layer=layer.meta.id, next="layer-b")
+    snapshot = Snapshot(
+        meta=Meta(id=new_id("snapshot"), name="before", created=0.0),
+        spec=SnapshotSpec(vm=vm.meta.id),
+        status=SnapshotStatus(disks=(disk,)),
+    )
+    await world.store.transact(Transaction(puts=[Put(layer), Put(snapshot)]))
+    (node,) = (await layer_tree(world.context)).nodes
+    assert [(keeper.kind, keeper.name, keeper.of) for keeper in node.kept] == [
+        ("snapshot", "before", "web1")
+    ]
 
 
 async def test_one_that_something_is_done_with_is_left_alone(world: World) -> None:
