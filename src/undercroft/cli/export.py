@@ -8,7 +8,7 @@ import sys
 import time
 
 from undercroft.cli.command import Command, Namespace, Parser
-from undercroft.cli.errors import OK, UsageError, ours
+from undercroft.cli.errors import OK, Interrupted, UsageError, ours
 from undercroft.cli.output import dig, elapsed, size
 from undercroft.cli.progress import report_failures, wait
 from undercroft.client.raw import quote
@@ -71,17 +71,25 @@ class Export(Command):
 
         # What is taken from where it lies does not have to be compared.
         body["checksums"] = args.sha256 or piped or croft.url is not None or not is_ours(croft.data)
-        export = None if piped else _unfinished(croft, target, body)
-        if export is None:
-            if not piped:
-                _check_target(target, args.force)
-            task = _ask(croft, args.vm, body)
-            task = wait(croft, [task])[0]
+        export = None if piped else _unfinished(croft, target, body, args.vm)
+        if export is None or dig(export, "status.state") != "ready":
+            if export is not None:
+                task = croft.api.get(f"/v1/tasks/{quote(export['tasks'][0])}")
+            else:
+                if not piped:
+                    _check_target(target, args.force)
+                task = _ask(croft, args.vm, body)
+            id = str(dig(task, "spec.object.id"))
+            try:
+                task = wait(croft, [task])[0]
+            except Interrupted:
+                _leave(croft, target, body, id)
+                raise
             if code := report_failures(croft, [task]):
                 return code
-            id = str(dig(task, "spec.object.id"))
             export = croft.api.get(f"/v1/exports/{quote(id)}")
         files = _fetch(croft, export, target)
+        _forget(target, body, export["meta"]["id"])
         croft.api.delete(f"/v1/exports/{quote(export['meta']['id'])}")
         _tell(croft, export, files, time.monotonic() - begun, piped)
         return OK
@@ -155,11 +163,37 @@ def _part(target: str, name: str, id: str) -> str:
     return os.path.join(os.path.dirname(os.path.abspath(target)), f".{name}.{id}.part")
 
 
-def _unfinished(croft: Croft, target: str, body: dict[str, Any]) -> Any | None:
-    """The export that an earlier call of the same has begun to fetch, if it is still there."""
+def _leave(croft: Croft, target: str, body: dict[str, Any], id: str) -> None:
+    """Sees to it that the same command finds an export that goes on without this one."""
+    import shlex
+
+    if target == "-" or "file" not in body:
+        croft.note("nothing of it was written here, and the same command begins anew")
+        return
+    with open(_part(target, f"{body['file']}.{body['format']}", id), "ab"):
+        pass
+    croft.note(f"{target} is not written yet; when it is done, the same command fetches it:")
+    croft.note(f"  {croft.err.paint(shlex.join(['croft', *sys.argv[1:]]), 'cyan')}")
+
+
+def _forget(target: str, body: dict[str, Any], id: str) -> None:
+    """Removes what marked an export as unfinished, once its files are here."""
+    stem = body.get("file")
+    if target == "-" or stem is None:
+        return
+    for path in glob.glob(_part(glob.escape(target), f"{glob.escape(str(stem))}[.-]*", id)):
+        os.unlink(path)
+
+
+def _unfinished(croft: Croft, target: str, body: dict[str, Any], vm: str) -> Any | None:
+    """The export that an earlier call of the same has begun to fetch or has not waited for, if it
+    is still there."""
     stem = body.get("file")
     if stem is None:
         return None
+    from undercroft.model.names import is_id
+
+    source = str(body.get("snapshot", vm))
     for path in glob.glob(_part(glob.escape(target), f"{glob.escape(str(stem))}[.-]*", "exp-*")):
         id = path.removesuffix(".part").rpartition(".")[2]
         try:
@@ -172,7 +206,9 @@ def _unfinished(croft: Croft, target: str, body: dict[str, Any]) -> Any | None:
             continue
         spec = export["spec"]
         same = spec["format"] == body["format"] and spec["disk"] == body.get("disk", 0)
-        if same and dig(export, "status.state") == "ready":
+        # The export knows its source by name; an id does not tell that.
+        same = same and (is_id(source) or spec["source"].endswith(f" {source}"))
+        if same and (dig(export, "status.state") == "ready" or dig(export, "tasks")):
             croft.note(f"going on with what was begun {_ago(export)} ago")
             return export
     return None

@@ -52,7 +52,7 @@ def wait(croft: Croft, tasks: list[Any]) -> list[Any]:
             return watch.run()
         except KeyboardInterrupt:
             watch.hide()
-            if not _ask(croft, watch.unfinished):
+            if not _ask(croft, watch):
                 raise Interrupted from None
 
 
@@ -78,6 +78,19 @@ class _Watch:
             return list(self._tasks.values())
         finally:
             self.hide()
+
+    def ended(self) -> bool:
+        """Whether all are final by now; an absent daemon says nothing about that."""
+        for id in [task["meta"]["id"] for task in self.unfinished]:
+            try:
+                self._tasks[id] = self._croft.api.get(f"/v1/tasks/{id}")
+            except Exception as error:
+                if (known := ours(error)) is None or known.code != "daemon":
+                    raise
+                return False
+            if dig(self._tasks[id], "status.state") not in FINAL:
+                return False
+        return True
 
     def hide(self) -> None:
         """Takes the bars off the screen."""
@@ -146,19 +159,23 @@ class _Bars:
         self._progress.start()
 
     def update(self, tasks: list[Any]) -> None:
+        # What has scrolled out at the top cannot be taken off the screen any more.
+        room = max(self._progress.console.height - 2, 1)
         for task in tasks:
             id = task["meta"]["id"]
             done = dig(task, "status.state") in FINAL
             share = 1.0 if done else dig(task, "status.progress")
+            room -= not done
+            seen = not done and room >= 0
             if id not in self._ids:
-                if done:
+                if not seen:
                     continue
                 self._ids[id] = self._progress.add_task(title(task), phase="", percent="", took="")
             self._progress.update(
                 self._ids[id],
                 total=None if share is None else 1.0,
                 completed=share or 0.0,
-                visible=not done,
+                visible=seen,
                 took=elapsed(max(time.time() - dig(task, "meta.created", 0), 0)),
                 phase=self._clean(str(dig(task, "status.phase", ""))),
                 percent="" if share is None else f"{share:.0%}",
@@ -168,13 +185,15 @@ class _Bars:
         self._progress.stop()
 
 
-def _ask(croft: Croft, tasks: list[Any]) -> bool:
-    """After Ctrl-C: leave the tasks going, cancel them, or wait on (True)?"""
+def _ask(croft: Croft, watch: _Watch) -> bool:
+    """After Ctrl-C: leave the tasks going, cancel them, or wait on (True)? If they end meanwhile
+    there is nothing left to ask."""
+    tasks = watch.unfinished
     if not tasks:
         return True
-    names = ", ".join(title(task) for task in tasks[:3]) + (" and others" if tasks[3:] else "")
     answer = ""
     if croft.err.tty and sys.stdin.isatty():
+        names = ", ".join(title(task) for task in tasks[:3]) + (" and others" if tasks[3:] else "")
         paint = croft.err.paint
         sys.stderr.write(
             f"\n{names} is not done yet. {paint('Enter', 'bold')} leaves it going, "
@@ -182,13 +201,17 @@ def _ask(croft: Croft, tasks: list[Any]) -> bool:
         )
         sys.stderr.flush()
         try:
-            answer = sys.stdin.readline().strip().lower()
+            found = _answer(watch)
         except KeyboardInterrupt:  # the second one means it
-            answer = "c"
-            print(file=sys.stderr)
-    if answer.startswith("w"):
+            found = "c"
+        print(found if found else "it has ended" if found is None else "", file=sys.stderr)
+        if found is None:
+            return True
+        answer = found
+    tasks = watch.unfinished
+    if answer == "w":
         return True
-    if answer.startswith("c"):
+    if answer == "c":
         for task in tasks:
             croft.api.post(f"/v1/tasks/{task['meta']['id']}/cancel")
         croft.note("cancelling; what is half done is being undone …")
@@ -200,6 +223,26 @@ def _ask(croft: Croft, tasks: list[Any]) -> bool:
         croft.note(f"  follow  {style.paint(f'croft task wait {id}', 'cyan')}")
         croft.note(f"  cancel  {style.paint(f'croft task cancel {id}', 'cyan')}")
     return False
+
+
+def _answer(watch: _Watch) -> str | None:
+    """The key that was pressed: "c", "w", or "" for Enter; None if the tasks ended before."""
+    import os
+    import select
+
+    from undercroft.cli.terminal import keys
+
+    descriptor = sys.stdin.fileno()
+    with keys(descriptor):
+        while True:
+            if select.select([descriptor], [], [], _SLICE)[0]:
+                key = os.read(descriptor, 1).lower()
+                if key in (b"c", b"w"):
+                    return key.decode()
+                if key in (b"\r", b"\n", b"\x04", b""):  # Enter, Ctrl-D, the terminal is gone
+                    return ""
+            elif watch.ended():
+                return None
 
 
 def report_failures(croft: Croft, tasks: list[Any]) -> int:

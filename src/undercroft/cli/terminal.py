@@ -1,4 +1,5 @@
-"""The user's terminal while it belongs to a guest: raw, and put back whatever happens."""
+"""The user's terminal while it belongs to a guest (raw) or answers a question (single keys); it is
+put back whatever happens."""
 
 from __future__ import annotations
 
@@ -36,13 +37,28 @@ _CONTROLS = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 def raw(descriptor: int) -> Iterator[None]:
     """Raw mode on a terminal while the block runs: every key goes through. It is put back also when
     a signal ends croft."""
+    with _changed(descriptor):
+        tty.setraw(descriptor, termios.TCSADRAIN)
+        yield
+
+
+@contextmanager
+def keys(descriptor: int) -> Iterator[None]:
+    """Keys come without Enter while the block runs, Ctrl-C is what it always is. What was typed
+    before is dropped: it was no answer."""
+    with _changed(descriptor):
+        tty.setcbreak(descriptor, termios.TCSAFLUSH)
+        yield
+
+
+@contextmanager
+def _changed(descriptor: int) -> Iterator[None]:
     before = termios.tcgetattr(descriptor)
     handlers = {number: signal.signal(number, _end) for number in _SIGNALS}
     try:
-        tty.setraw(descriptor, termios.TCSADRAIN)
         yield
     finally:
-        # Typed ahead keys were meant for the guest, not for the shell: TCSAFLUSH drops them.
+        # Keys typed ahead were not meant for the shell: TCSAFLUSH drops them.
         termios.tcsetattr(descriptor, termios.TCSAFLUSH, before)
         for number, handler in handlers.items():
             signal.signal(number, handler)
