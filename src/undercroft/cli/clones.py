@@ -94,7 +94,7 @@ class Clone(Command):
             time = croft.out.paint(elapsed(max(took, 0)), "dim")
             croft.say(f"{name} is {_article(mode)} clone of {args.source}{runs}   {time}")
             _warn(croft, task)
-        return report_failures(croft, tasks)
+        return report_failures(croft, tasks, started=args.start)
 
 
 def _article(mode: str) -> str:

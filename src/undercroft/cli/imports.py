@@ -108,7 +108,7 @@ class Import(Command):
                 print(task["meta"]["id"])
             return OK
         task = wait(croft, [task])[0]
-        if code := report_failures(croft, [task]):
+        if code := report_failures(croft, [task], started=args.start):
             return code
         vm = croft.api.get(f"/v1/vms/{quote(str(dig(task, 'spec.object.id')))}")
         notes = dig(task, "status.result.notes") or []

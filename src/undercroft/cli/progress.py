@@ -7,6 +7,7 @@ import time
 
 from undercroft.cli.errors import Interrupted, ours
 from undercroft.cli.output import dig, elapsed
+from undercroft.client.raw import quote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -245,8 +246,9 @@ def _answer(watch: _Watch) -> str | None:
                 return None
 
 
-def report_failures(croft: Croft, tasks: list[Any]) -> int:
-    """Tells why tasks failed; returns the exit code: that of the first failure, or 0."""
+def report_failures(croft: Croft, tasks: list[Any], *, started: bool = False) -> int:
+    """Tells why tasks failed; returns the exit code: that of the first failure, or 0. ``started``:
+    they were to start VMs that they made, which may be there all the same."""
     from undercroft.cli import errors
 
     code = errors.OK
@@ -264,6 +266,25 @@ def report_failures(croft: Croft, tasks: list[Any]) -> int:
             from undercroft.model.errors import Problem, error_from_problem
 
             error = error_from_problem(msgspec.convert(problem, Problem))
+            if started and (left := _left(croft, task)):
+                error.action = f"{error.action}\n{left}" if error.action else left
             outcome = errors.report(croft, error)
         code = code or outcome
     return code
+
+
+def _left(croft: Croft, task: Any) -> str:
+    """What to do about a VM that was made, but could not be started; "" if there is none."""
+    try:
+        vm = croft.api.get(f"/v1/vms/{quote(str(dig(task, 'spec.object.id')))}")
+    except Exception as error:
+        if ours(error) is None:
+            raise
+        return ""  # what went wrong is told in any case
+    if dig(vm, "status.state") != "stopped":
+        return ""
+    name = dig(vm, "meta.name")
+    return (
+        f"vm {name} is there, switched off: change it (croft set {name} --memory …) and start it, "
+        f"or croft rm {name}"
+    )

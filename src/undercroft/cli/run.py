@@ -174,7 +174,7 @@ class Run(Command):
                 print(name)
             return OK
         task = wait(croft, [task])[0]
-        if code := report_failures(croft, [task]):
+        if code := report_failures(croft, [task], started=not args.no_start):
             return code
         vm = croft.api.get(f"/v1/vms/{quote(str(dig(task, 'spec.object.id')))}")
         if croft.json:

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from tests.unit.cli.fake_api import task
+import pytest
+
+from tests.unit.cli.fake_api import task, vm
 
 
 def _tasks(count: int) -> list[dict[str, Any]]:
@@ -31,3 +33,23 @@ def test_what_a_clone_still_shares_is_told_by_its_task(croft, api):
     }
     done = croft("clone", "web1", "web2", "--instant")
     assert "web2 still shares with its source: hostname, machine-id" in done.err
+
+
+ERROR = {"type": "x", "title": "t", "status": 507, "code": "no-space", "detail": "no memory"}
+
+
+@pytest.mark.parametrize(
+    ("words", "state", "told"),
+    [
+        (["--start"], "stopped", True),
+        (["--start"], "failed", False),
+        ([], "stopped", False),
+    ],
+)
+def test_a_clone_that_does_not_start_is_there_all_the_same(croft, api, words, state, told):
+    failed = task("task-1", "vm.create", "web2", "failed", error=ERROR)
+    api.routes["POST", "/v1/vms/web1/clone"] = {"tasks": [failed]}
+    api.routes["GET", "/v1/vms/vm-web2"] = vm("web2", state)
+    done = croft("clone", "web1", "web2", *words)
+    assert (done.code, "no memory" in done.err) == (1, True)
+    assert ("vm web2 is there, switched off" in done.err) == told
