@@ -87,15 +87,13 @@ def _given(args: Namespace) -> dict[str, Any]:
     return given | ({"default": True} if args.default else {})
 
 
-def _row(croft: Croft, datastore: Any) -> tuple[str, ...]:
+_COLOURS = {"warning": "yellow", "critical": "red"}
+
+
+def _row(datastore: Any) -> tuple[str, ...]:
     capacity = dig(datastore, "status.capacity", 0)
     provisioned = dig(datastore, "status.provisioned", 0)
-    fill = dig(datastore, "status.fill", "ok")
-    full = "-"
-    if capacity:
-        full = f"{1 - dig(datastore, 'status.free', 0) / capacity:.0%}"
-        colours = {"warning": "yellow", "critical": "red"}
-        full = croft.out.paint(full, colours[fill]) if fill in colours else full
+    full = f"{1 - dig(datastore, 'status.free', 0) / capacity:.0%}" if capacity else "-"
     default = " *" if dig(datastore, "spec.default", False) else ""
     return (
         dig(datastore, "meta.name", "") + default,
@@ -142,7 +140,8 @@ class Ls(Command):
         )
         table = Table(croft.out, columns)
         for datastore in found:
-            table.add(*_row(croft, datastore))
+            colour = _COLOURS.get(dig(datastore, "status.fill", ""))
+            table.add(*_row(datastore), paint={"FULL": colour} if colour else None)
         print(table.render(), end="")
         for datastore in found:
             if message := dig(datastore, "status.message"):

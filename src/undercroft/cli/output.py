@@ -121,9 +121,13 @@ class Table:
         self._names = [name.lstrip(">") for name in columns]
         self._state = self._names.index(state) if state in self._names else -1
         self._rows: list[tuple[str, ...]] = []
+        self._paint: dict[tuple[int, int], str] = {}
 
-    def add(self, *cells: str) -> None:
-        """Adds a row."""
+    def add(self, *cells: str, paint: Mapping[str, str] | None = None) -> None:
+        """Adds a row. ``paint`` has the styles of single cells, by heading: a cell itself is text
+        that others may have written, so colour in it would not be shown."""
+        for name, style in (paint or {}).items():
+            self._paint[len(self._rows), self._names.index(name)] = style
         if not "".join(cells).isprintable():
             cells = tuple(self._style.clean(cell) for cell in cells)
         self._rows.append(cells)
@@ -152,6 +156,10 @@ class Table:
             padded[state] = [
                 painted[text] + " " * (len(text) - len(text.rstrip())) for text in padded[state]
             ]
+        for (row, column), name in self._paint.items():
+            cell = padded[filled.index(column)][row]
+            text = cell.strip()
+            padded[filled.index(column)][row] = cell.replace(text, self._style.paint(text, name))
         head = GAP.join(
             _pad([name], width, right[i], True)[0]
             for i, (name, width) in enumerate(zip(names, narrow, strict=True))

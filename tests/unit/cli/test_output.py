@@ -106,3 +106,11 @@ def test_plain(value, text):
 )
 def test_elapsed(seconds, text):
     assert elapsed(seconds) == text
+
+
+def test_a_single_cell_has_a_colour_and_what_others_wrote_has_none():
+    table = Table(style(tty=True), ("NAME", "", ">FULL"))
+    table.add("a\x1b[31m", "", "5%")
+    table.add("b", "", "90%", paint={"FULL": "red"})
+    lines = table.render().splitlines()
+    assert lines[1:] == ["a?[31m    5%", "b        \x1b[31m90%\x1b[0m"]
