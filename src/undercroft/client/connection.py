@@ -126,11 +126,14 @@ class Connection:
         self._socket.close()
 
 
-def broken(where: str, what: str) -> UndercroftError:
+_LOOK = "see whether it still runs (croft daemon status), and its log"
+
+
+def broken(where: str, what: str, action: str = _LOOK) -> UndercroftError:
     """The error for an answer that cannot be used."""
     from undercroft.model.errors import DaemonError
 
     return DaemonError(
         f"the answer of the daemon at {where} is broken: {what}",
-        action="see whether it still runs (croft daemon), and its log",
+        action=action,
     )

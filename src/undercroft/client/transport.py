@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 TIMEOUT = 60.0  # seconds without a byte
 _SAFE_TO_REPEAT = ("GET", "HEAD")
+_UNSURE = (
+    "it may have been carried out: look before you repeat it; see whether the daemon still runs "
+    "(croft daemon status), and its log"
+)
 
 
 class Response:
@@ -180,7 +184,10 @@ class Transport:
             except Gone:
                 connection.close()
                 if not connection.used or method not in _SAFE_TO_REPEAT:
-                    raise broken(self.where, "the connection ended without an answer") from None
+                    what = "the connection ended without an answer"
+                    if method in _SAFE_TO_REPEAT:
+                        raise broken(self.where, what) from None
+                    raise broken(self.where, what, _UNSURE) from None
             except BaseException:
                 connection.close()
                 raise

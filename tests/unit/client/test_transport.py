@@ -305,3 +305,19 @@ def test_chunks_however_they_are_cut(
         assert get(server).read() == b"".join(pieces)
     finally:
         server.close()
+
+
+@pytest.mark.parametrize(("method", "unsure"), [("POST", True), ("GET", False)])
+def test_what_may_have_been_done_is_said_where_the_daemon_dies(
+    scripted: Callable[..., Scripted], method: str, unsure: bool
+) -> None:
+    def die(connection: socket.socket) -> None:
+        connection.recv(65536)
+
+    transport = Transport(scripted(die).endpoint)
+    with pytest.raises(DaemonError, match="without an answer") as caught:
+        transport.request(method, "/v1/vms/web1/exec")
+    action = caught.value.action or ""
+    assert "croft daemon status" in action
+    assert ("may have been carried out" in action) == unsure
+    transport.close()
