@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from undercroft.cli.context import Croft
+    from undercroft.model.errors import UndercroftError
 
 _LIMIT = 600.0  # seconds
 _PATIENCE = 90.0
@@ -93,7 +94,7 @@ class Exec(Command):
             if (known := ours(error)) is None:
                 raise
             report(croft, known)
-            return _not_run(known.message)
+            return _not_run(known)
         if croft.json:
             croft.print_json(result)
         else:
@@ -137,12 +138,11 @@ def execute(
     return json.loads(response.read())
 
 
-def _not_run(message: str) -> int:
-    """The exit code that a shell has for a program that it cannot run. (The agent only tells in
-    words why it could not.)"""
-    if "Failed to execute child process" not in message:
+def _not_run(error: UndercroftError) -> int:
+    """The exit code that a shell has for a program that it cannot run."""
+    if error.code != "no-program":
         return EXEC_FAILED
-    return NOT_THERE if "No such file" in message else NOT_A_PROGRAM
+    return NOT_THERE if "there is no program" in error.message else NOT_A_PROGRAM
 
 
 def _input() -> bytes | None:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from undercroft.hypervisor.agentchannel import AgentChannel
-from undercroft.model.errors import GuestAgentError, TimeLimitError
+from undercroft.model.errors import GuestAgentError, NoProgramError, TimeLimitError
 from undercroft.model.requests import ExecResult
 
 __all__ = ["GuestAgent"]
@@ -31,6 +31,7 @@ _LARGEST_OUTPUT = 48 << 20
 # Between two looks whether a program has ended: the guest's agent writes each into its log, so a
 # tenth of the time that it has taken so far, within these bounds.
 _POLL_FIRST, _POLL_MOST, _POLL_SHARE = 0.005, 2.0, 0.1
+_NOT_STARTED = "Failed to execute child process"
 _MOST_ADDRESSES = 64
 _MOST_TRAFFIC = 2**63 - 1
 # A given environment replaces the agent's own, so it has to bring what every program expects.
@@ -154,7 +155,10 @@ class GuestAgent:
             arguments["env"] = [f"{key}={value}" for key, value in {**_ENVIRONMENT, **env}.items()]
         if input is not None:
             arguments["input-data"] = base64.b64encode(input).decode()
-        started = await self._call("guest-exec", arguments, _Started)
+        try:
+            started = await self._call("guest-exec", arguments, _Started)
+        except GuestAgentError as error:
+            raise self._not_run(argv[0], error) from error
         try:
             async with asyncio.timeout(timeout):
                 status = await self._wait(started.pid, poll)
@@ -174,6 +178,18 @@ class GuestAgent:
             stderr=self._bytes("guest-exec-status", status.err),
             truncated=status.out_cut or status.err_cut,
         )
+
+    def _not_run(self, program: str, error: GuestAgentError) -> GuestAgentError:
+        """Why a program was not started: the agent tells only in words."""
+        _, found, why = error.message.partition(_NOT_STARTED)
+        if not found:
+            return error
+        name = self.channel.name
+        _, _, reason = why.rpartition("(")
+        text = f"{program[:80]} in {name} cannot be run: {reason.removesuffix(')')}"
+        if reason.startswith("No such file"):
+            text = f"there is no program {program[:80]} in {name}"
+        return NoProgramError(text, object=name, command="guest-exec")
 
     async def _wait(self, pid: int, poll: float) -> _Status:
         began = time.monotonic()

@@ -23,6 +23,7 @@ never changes once released, so that programs can act on it.
     │   ├── QemuStartError     qemu-start          502
     │   ├── QmpError           qmp                 502
     │   └── GuestAgentError    guest-agent         502
+    │       └── NoProgramError no-program          502
     ├── ProgramError           program             502
     ├── FetchError             fetch               502
     │   └── ChecksumError      checksum            502
@@ -63,6 +64,7 @@ __all__ = [
     "InUseError",
     "InvalidError",
     "MissingToolError",
+    "NoProgramError",
     "NoSpaceError",
     "NotFoundError",
     "Problem",
@@ -252,6 +254,12 @@ class GuestAgentError(HypervisorError):
     """The guest agent is absent, silent, or refused."""
 
     code, status, title = "guest-agent", 502, "Guest agent"
+
+
+class NoProgramError(GuestAgentError):
+    """What is to be run in a guest is not there, or is no program."""
+
+    code, status, title = "no-program", 502, "No such program"
 
 
 class ProgramError(UndercroftError):

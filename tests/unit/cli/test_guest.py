@@ -74,8 +74,8 @@ def test_input_from_a_pipe(api, words, expected):
         (result(None, signal=9), 137),
         (NO_AGENT, 125),
         (problem(404, "not-found", "vm web1 not found", object="vm web1"), 125),
-        (problem(502, "guest-agent", "Failed to execute child process “x” (No such file)"), 127),
-        (problem(502, "guest-agent", "Failed to execute child process “x” (Permission)"), 126),
+        (problem(502, "no-program", "there is no program x in vm web1"), 127),
+        (problem(502, "no-program", "x in vm web1 cannot be run: Permission denied"), 126),
     ],
 )
 def test_exit_codes_of_failures(croft, api, answer, code):

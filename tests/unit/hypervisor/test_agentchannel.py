@@ -13,7 +13,7 @@ import pytest
 
 from undercroft.hypervisor import sockets
 from undercroft.hypervisor.guestagent import GuestAgent
-from undercroft.model.errors import GuestAgentError, TimeLimitError
+from undercroft.model.errors import GuestAgentError, NoProgramError, TimeLimitError
 
 Reader: TypeAlias = asyncio.StreamReader
 Writer: TypeAlias = asyncio.StreamWriter
@@ -235,3 +235,23 @@ async def test_hanging_up(impostor: Start, agent: GuestAgent) -> None:
 async def test_no_command(agent: GuestAgent, argv: list[str]) -> None:
     with pytest.raises(GuestAgentError):
         await agent.exec(argv)
+
+
+@pytest.mark.parametrize(
+    ("reason", "text"),
+    [
+        ("No such file or directory", "there is no program lsblk in vm web1"),
+        ("Permission denied", "lsblk in vm web1 cannot be run: Permission denied"),
+    ],
+)
+async def test_a_program_that_is_not_there(
+    impostor: Start, agent: GuestAgent, reason: str, text: str
+) -> None:
+    async def refuse(request: dict[str, Any], writer: Writer) -> None:
+        detail = f"Failed to execute child process “lsblk” ({reason})"
+        say(writer, {"error": {"class": "GenericError", "desc": detail}})
+
+    await impostor(refuse)
+    with pytest.raises(NoProgramError) as caught:
+        await agent.exec(["lsblk"])
+    assert (caught.value.message, caught.value.code) == (text, "no-program")
