@@ -7,6 +7,7 @@ from argparse import ArgumentTypeError
 from undercroft.cli.command import Command, Namespace, Parser, add_names, size
 from undercroft.cli.errors import UsageError, ours
 from undercroft.cli.output import dig
+from undercroft.cli.output import size as text
 from undercroft.client.raw import quote
 
 TYPE_CHECKING = False
@@ -176,13 +177,15 @@ class Resize(Command):
             croft,
             [args.name],
             lambda ref: croft.api.post(f"/v1/volumes/{quote(ref)}/resize", body),
-            lambda task: (
-                (f"is {args.size} larger" if more else f"has {args.size}")
-                if dig(task, "spec.object.kind") == "volume"
-                else f"has {_volume(task)} with {args.size}{' more' if more else ''}"
-            ),
+            _resized,
             no_wait=args.no_wait,
         )
+
+
+def _resized(task: Any) -> str:
+    now = text(dig(task, "spec.arguments.size"))
+    own = dig(task, "spec.object.kind") == "volume"
+    return f"has {now}" if own else f"has {_volume(task)} with {now}"
 
 
 class Set(Command):

@@ -131,8 +131,13 @@ def check_volume_size(size: int) -> int:
     """
     if size <= 0 or size > MAX_VOLUME:
         raise InvalidError(
-            f"a disk of {size} bytes is not possible",
+            f"a disk of {format_size(size)} is not possible",
             action=f"choose a size from 1M to {format_size(MAX_VOLUME)}",
+        )
+    if size % SECTOR and size < 1 << 10:
+        raise InvalidError(
+            f"{size} means {size} bytes, and no disk is that small",
+            action=f"did you mean {size}G?",
         )
     if size % SECTOR:
         raise InvalidError(

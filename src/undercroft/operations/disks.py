@@ -141,7 +141,13 @@ class DiskOperations:
             size = check_volume_size(
                 request.size if request.size is not None else now + _by(request)
             )
-            if size <= now:
+            if size == now:
+                raise InvalidError(
+                    f"{volume.label} has {format_size(now)} already",
+                    object=volume.label,
+                    action="choose a larger size",
+                )
+            if size < now:
                 raise InvalidError(
                     f"{volume.label} has {format_size(now)} already, and is not made smaller",
                     object=volume.label,

@@ -11,6 +11,7 @@ from undercroft.model.errors import InvalidError
 from undercroft.model.image import Image, ImageContent
 from undercroft.model.names import new_id
 from undercroft.model.requests import VMCreate
+from undercroft.model.units import format_size
 from undercroft.model.vm import Disk, DiskBus
 from undercroft.model.volume import Volume, VolumeSpec, check_volume_size
 from undercroft.operations.context import Context, find
@@ -95,7 +96,7 @@ def _boot_volume(
     check_volume_size(size)
     if size < base:
         raise InvalidError(
-            f"a disk of {size} bytes is smaller than the image's {base}",
+            f"a disk of {format_size(size)} is smaller than the image's {format_size(base)}",
             object=image.label if image else None,
             action="leave --disk out, or choose a larger one",
         )

@@ -10,6 +10,7 @@ from undercroft.model.names import check_labels, check_name, new_id
 from undercroft.model.requests import VolumeClone
 from undercroft.model.snapshot import SnapshotSpec
 from undercroft.model.task import Task
+from undercroft.model.units import format_size
 from undercroft.model.vm import VM
 from undercroft.model.volume import Volume, VolumeSpec, check_volume_size
 from undercroft.operations.access import Caller
@@ -53,8 +54,8 @@ async def clone_volume(context: Context, caller: Caller, ref: str, request: Volu
         size = check_volume_size(request.size or source.spec.size)
         if size < source.spec.size:
             raise InvalidError(
-                f"a clone of {size} bytes is smaller than {source.label} "
-                f"with {source.spec.size} bytes",
+                f"a clone of {format_size(size)} is smaller than {source.label} "
+                f"with {format_size(source.spec.size)}",
                 object=source.label,
                 action="leave the size out, or choose a larger one",
             )

@@ -18,6 +18,7 @@ from undercroft.model.names import PREFIX, check_labels, check_name, is_id, new_
 from undercroft.model.requests import LayerTree, VolumeClone, VolumeCreate
 from undercroft.model.snapshot import Snapshot
 from undercroft.model.task import Task
+from undercroft.model.units import format_size
 from undercroft.model.vm import VM
 from undercroft.model.volume import Volume, VolumeSpec, VolumeState, check_volume_size
 from undercroft.operations.access import Caller
@@ -240,7 +241,7 @@ def _size(request: VolumeCreate, image: Image | None) -> int:
     size = check_volume_size(request.size if request.size is not None else base)
     if size < base:
         raise InvalidError(
-            f"a volume of {size} bytes is smaller than the image's {base}",
+            f"a volume of {format_size(size)} is smaller than the image's {format_size(base)}",
             object=image.label if image else None,
             action="leave the size out, or choose a larger one",
         )

@@ -86,7 +86,7 @@ def test_volumes(croft, api):
     assert "web1-boot  ready   10G       1M  web1  img-1  fast" in croft("volume", "ls").out
 
 
-def test_datastores(croft, api):
+def test_datastores(croft, api, monkeypatch):
     datastore = {
         "meta": {"id": "ds-1", "name": "fast", "created": 1e9},
         "spec": {"path": "/srv/fast", "default": True, "warning": 0.7},
@@ -104,6 +104,9 @@ def test_datastores(croft, api):
     shown = croft("datastore", "ls")
     assert "fast *  ready       10G   90%    1G    2G       25G  2.50  /srv/fast" in shown.out
     assert "datastore fast is 90% full" in shown.err
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "  \x1b[33m90%\x1b[0m  " in croft("datastore", "ls").out
+    monkeypatch.delenv("FORCE_COLOR")
     api.routes["GET", "/v1/datastores/fast"] = datastore
     text = croft("datastore", "show", "fast").out
     assert "25G (2.50 times the capacity)" in text
@@ -311,3 +314,11 @@ def test_encryption_is_asked_for(croft, api):
     assert croft("volume", "clone", "safe", "open", "--full", "--decrypt", "--no-wait").code == 0
     assert api.sent("POST", "/v1/volumes/safe/clone")[0].json["encrypted"] is False
     assert croft("volume", "clone", "safe", "x", "--encrypt", "--decrypt").code == 2
+
+
+def test_a_volume_has_a_size_afterwards(croft, api):
+    made = task(verb="volume.resize", name="data1")
+    object = {"kind": "volume", "id": "vol-1", "name": "data1"}
+    made["spec"] = {**made["spec"], "object": object, "arguments": {"size": 3 << 30}}
+    api.routes["POST", "/v1/volumes/data1/resize"] = made
+    assert "data1 has 3G" in croft("volume", "resize", "data1", "+1G").out

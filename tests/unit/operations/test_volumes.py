@@ -181,7 +181,7 @@ async def test_a_clone_waits_its_turn_where_its_source_is(world: World) -> None:
 async def test_a_clone_is_not_smaller_and_has_a_name_of_its_own(world: World) -> None:
     await made(world, "data")
     clone = world.operations.volumes.clone
-    with pytest.raises(InvalidError, match="smaller"):
+    with pytest.raises(InvalidError, match="a clone of 512M is smaller than volume data with 1G"):
         await clone(SYSTEM, "data", VolumeClone(name="b", size=GiB // 2))
     with pytest.raises(AlreadyExistsError):
         await clone(SYSTEM, "data", VolumeClone(name="data"))
