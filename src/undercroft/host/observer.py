@@ -15,7 +15,7 @@ from undercroft.host.outcome import change_status, write
 from undercroft.host.room import Room
 from undercroft.hypervisor.machine import MachineEvent, QemuMachine, RunState
 from undercroft.model.errors import UndercroftError
-from undercroft.model.vm import VM, Identity, VMState
+from undercroft.model.vm import VM, Identity
 
 log = structlog.get_logger(__name__)
 
@@ -82,8 +82,6 @@ class Observer:
             self._look_at_agent()
         elif event.kind == "io-error":
             self.spawn(self._room.failed(self._machine, event))
-        elif event.kind == "state":
-            self.spawn(self._state(event.state))
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Does something beside, for as long as the machine is watched."""
@@ -153,17 +151,5 @@ class Observer:
     async def _write(self, **values: object) -> None:
         def change(vm: VM) -> VM:
             return change_status(vm, **values) if vm.status.state.alive else vm
-
-        await write(self._environment, VM, self._id, change)
-
-    async def _state(self, state: RunState) -> None:
-        """QEMU stopped or went on by itself (not through an operation)."""
-        if state is not RunState.IO_ERROR:
-            return
-
-        def change(vm: VM) -> VM:
-            if vm.status.state is not VMState.RUNNING:
-                return vm
-            return change_status(vm, state=VMState.PAUSED, message="paused: disk error of the host")
 
         await write(self._environment, VM, self._id, change)
