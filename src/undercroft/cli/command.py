@@ -70,6 +70,8 @@ class Parser(argparse.ArgumentParser):
             missing = message.partition(": ")[2]
             return f"{self.prog} needs {missing}", see
         if message.startswith("unrecognized arguments: "):
+            from undercroft.cli.hints import OPTIONS
+
             words = message.partition(": ")[2].split()
             word = words[0].partition("=")[0]
             known = [name for action in self._actions for name in action.option_strings]
@@ -77,6 +79,8 @@ class Parser(argparse.ArgumentParser):
                 if word.isdigit() and "--drive" in known:
                     see = f"is it a drive? --drive {word}"
                 return f"{self.prog} does not take {word!r}", see
+            if hint := OPTIONS.get(self.words, {}).get(word):
+                return f"{self.prog} has no option {word}", hint
             if found := closest(word, known, 2):
                 see = f"did you mean {' or '.join(found)}? {see[0].upper()}{see[1:]}"
             return f"{self.prog} has no option {word}", see

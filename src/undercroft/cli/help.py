@@ -48,7 +48,10 @@ class Help(Command):
         elif words in NOUNS:
             explain_noun(croft, words)
         else:
-            raise UsageError(f"croft has no command {words!r}", "see all commands with: croft help")
+            from undercroft.cli.hints import elsewhere
+
+            hint = elsewhere(args.command) or "see all commands with: croft help"
+            raise UsageError(f"croft has no command {words!r}", hint)
         return OK
 
 

@@ -8,7 +8,7 @@ import sys
 
 from undercroft.cli import errors
 from undercroft.cli.context import Croft
-from undercroft.cli.registry import ALIASES, COMMANDS, ELSEWHERE, NOUNS, load, resolve
+from undercroft.cli.registry import ALIASES, COMMANDS, NOUNS, load, resolve
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,6 +84,7 @@ def _context(given: dict[str, object]) -> Croft:
 
 def _no_command(croft: Croft, words: list[str]) -> int:
     from undercroft.cli.help import explain_noun, tour
+    from undercroft.cli.hints import elsewhere
 
     if not words:
         tour(croft)
@@ -95,11 +96,13 @@ def _no_command(croft: Croft, words: list[str]) -> int:
             return errors.OK
         verbs = [name.partition(" ")[2] for name in COMMANDS if name.startswith(f"{word} ")]
         hint = f"there are: {', '.join(verbs)}"
-        if found := errors.closest(words[1], verbs):
+        if known := elsewhere(words):
+            hint = known
+        elif found := errors.closest(words[1], verbs):
             hint = f"did you mean: croft {word} {found[0]}"
         raise errors.UsageError(f"croft {word} has no command {words[1]!r}", hint)
-    if word in ELSEWHERE:
-        hint = ELSEWHERE[word]
+    if known := elsewhere(words):
+        hint = known
     elif found := errors.closest(word, {*COMMANDS, *ALIASES, *NOUNS}, 2):
         hint = "did you mean: " + " or ".join(f"croft {ALIASES.get(w, w)}" for w in found)
     else:

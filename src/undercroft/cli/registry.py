@@ -118,13 +118,26 @@ THEMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Get into them", ("shell", "console", "exec", "cp", "log", "screenshot")),
     (
         "What they are made from",
-        ("image ls", "image build", "image import", "image catalogue", "volume ls"),
+        ("image ls", "image build", "image import", "image catalogue"),
+    ),
+    (
+        "Their disks and discs",
+        (
+            "volume create",
+            "volume attach",
+            "volume resize",
+            "volume ls",
+            "datastore create",
+            "datastore ls",
+            "cdrom insert",
+            "cdrom eject",
+        ),
     ),
     ("What is going on", ("top", "events", "task ls", "host show", "host check")),
     ("Undercroft itself", ("daemon", "token create", "completion", "version", "help")),
 )
 
-# What people who come from elsewhere type. The first are taken as they are, …
+# What people who come from elsewhere type and is taken as it is; the rest: hints.py.
 ALIASES = {
     "ps": "ls",
     "list": "ls",
@@ -158,36 +171,6 @@ ALIASES = {
     "image inspect": "image show",
     "image remove": "image rm",
     "image catalog": "image catalogue",
-}
-# … the others mean something else there, so they are only explained.
-ELSEWHERE = {
-    "destroy": "croft stop --force VM switches a VM off, croft rm VM removes it",
-    "undefine": "croft rm VM",
-    "delete": "croft rm VM",
-    "kill": "croft stop --force VM",
-    "shutdown": "croft stop VM",
-    "poweroff": "croft stop VM, or with --force at once",
-    "reboot": "croft restart VM",
-    "create": "croft run IMAGE --no-start",
-    "save": "croft suspend VM",
-    "managedsave": "croft suspend VM",
-    "restore": "croft resume VM, or croft backup restore BACKUP",
-    "unpause": "croft resume VM",
-    "attach": "croft console VM",
-    "eject": "croft cdrom eject VM",
-    "change-media": "croft cdrom insert VM ISO, croft cdrom eject VM",
-    "ssh": "croft shell VM",
-    "pull": "croft image import FILE|URL, or croft run NAME fetches by itself",
-    "build": "croft image build tiny|debian:12",
-    "edit": "croft set VM …",
-    "rename": "croft set VM --name NEW",
-    "stats": "croft top",
-    "monitor": "croft top, or croft events --follow",
-    "nodeinfo": "croft host show",
-    "dominfo": "croft show VM",
-    "domifaddr": "croft show VM",
-    "qm": "croft help",
-    "virsh": "croft help",
 }
 
 

@@ -1,12 +1,14 @@
 """Finding commands, reading options, explaining mistakes."""
 
 import json
+import re
 
 import pytest
 
 from tests.unit.cli.fake_api import page, problem, vm
 from undercroft import __version__
-from undercroft.cli.registry import ALIASES, COMMANDS, ELSEWHERE, NOUNS, THEMES
+from undercroft.cli.hints import ELSEWHERE, OPTIONS
+from undercroft.cli.registry import ALIASES, COMMANDS, NOUNS, THEMES
 
 
 def test_the_tour_names_what_a_new_user_needs(croft):
@@ -37,6 +39,11 @@ def test_every_name_that_is_mentioned_exists():
     assert set(ALIASES.values()) <= set(COMMANDS)
     assert not set(ELSEWHERE) & (set(COMMANDS) | set(NOUNS) | set(ALIASES))
     assert {words.split()[0] for words in COMMANDS if " " in words} == set(NOUNS)
+    assert set(OPTIONS) <= set(COMMANDS)
+    hints = [*ELSEWHERE.values(), *(h for options in OPTIONS.values() for h in options.values())]
+    for said in re.findall(r"croft ((?:[a-z]+ ?)+)", " ".join(hints)):
+        one, two = said.split()[0], " ".join(said.split()[:2])
+        assert {one, two} & set(COMMANDS), said
 
 
 @pytest.mark.parametrize(
@@ -46,6 +53,25 @@ def test_every_name_that_is_mentioned_exists():
         (["image", "bild"], "did you mean: croft image build"),
         (["destroy", "web1"], "croft stop --force"),
         (["frobnicate"], "croft help"),
+        (["volume", "delete", "x"], "→ croft volume rm\n"),
+        (["volume", "frob"], "there are: "),
+        (["snapshot", "delete", "web1", "s"], "→ croft snapshot rm\n"),
+        (["snapshot", "rollback", "web1"], "→ croft snapshot revert\n"),
+        (["backup", "rollback", "b"], "→ croft backup restore\n"),
+        (["volume", "rename", "a", "b"], "a volume keeps its name"),
+        (["volume", "move", "a"], "--datastore DATASTORE, then croft volume rm"),
+        (["disk", "ls"], "→ croft volume ls\n"),
+        (["disk", "delete", "a"], "→ croft volume rm\n"),
+        (["disk"], "→ croft volume\n"),
+        (["help", "disk"], "→ croft volume\n"),
+        (["iso", "ls"], "croft cdrom insert"),
+        (["vm", "list"], "→ croft ls\n"),
+        (["vm", "destroy"], "croft stop --force"),
+        (["qm"], "→ croft help\n"),
+        (["qm", "list"], "→ croft ls\n"),
+        (["virsh", "destroy", "web1"], "croft stop --force"),
+        (["qm", "resize"], "croft volume resize"),
+        (["set", "d1", "--disk", "5G"], "croft volume attach NAME VM"),
         (["run", "--cpu", "2"], "did you mean --cpus"),
         (["start"], "croft start --help"),
         (["ls", "--sort"], "croft ls --help"),
