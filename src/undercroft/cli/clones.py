@@ -11,7 +11,7 @@ from undercroft.cli.command import (
     label,
     size,
 )
-from undercroft.cli.errors import OK, UsageError, ours
+from undercroft.cli.errors import OK, UsageError, closest, ours
 from undercroft.cli.output import dig, elapsed
 from undercroft.cli.progress import failed, report_failures, wait
 from undercroft.client.raw import quote
@@ -126,15 +126,26 @@ def _ask(croft: Croft, source: str, body: dict[str, Any]) -> list[Any]:
             known = ours(error)
             if known is None or known.code != "not-found":
                 raise
-            vm_missing = error
         try:
             return list(croft.api.post(f"/v1/templates/{quote(source)}/clone", body)["tasks"])
         except Exception as error:
             known = ours(error)
             if known is None or known.code != "not-found":
                 raise
-            raise vm_missing from None
+            raise _unknown(croft, source) from None
     return list(croft.api.post(f"/v1/templates/{quote(source)}/clone", body)["tasks"])
+
+
+def _unknown(croft: Croft, source: str) -> Exception:
+    from undercroft.cli.fetch import template_names
+    from undercroft.model.errors import NotFoundError
+
+    names = [str(dig(vm, "meta.name")) for vm in croft.api.list("/v1/vms", {"fields": "meta.name"})]
+    lists = "croft ls, croft template ls"
+    action = f"see what exists with: {lists}"
+    if found := closest(source, dict.fromkeys([*names, *template_names(croft)]), 3):
+        action = f"did you mean {' or '.join(found)}? All of them: {lists}"
+    return NotFoundError(f"there is no VM or template {source}", object=source, action=action)
 
 
 def _warn(croft: Croft, task: Any) -> None:

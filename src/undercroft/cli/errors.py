@@ -125,10 +125,13 @@ def tell(croft: Croft, message: str, action: str | None = None) -> None:
 
 
 def closest(word: str, known: Iterable[str], count: int = 1) -> list[str]:
-    """The known words that look like the given one, best first."""
+    """The known words that look like the given one, best first: versions of it (``it:v1``), …"""
     from difflib import get_close_matches
 
-    return get_close_matches(word, list(known), n=count, cutoff=0.6)
+    known = list(known)
+    versions = sorted(name for name in known if name.startswith(f"{word}:"))
+    alike = get_close_matches(word, known, n=count, cutoff=0.6)
+    return list(dict.fromkeys([*versions, *alike]))[:count]
 
 
 def _whole(error: UndercroftError) -> str:

@@ -85,6 +85,17 @@ def catalogue_names(croft: Croft) -> list[str]:
     return [str(dig(item, "name")) for item in croft.api.get("/v1/catalogue")["items"]]
 
 
+def template_names(croft: Croft) -> list[str]:
+    """The names of templates; none where they may not be seen."""
+    try:
+        items = list(croft.api.list("/v1/templates", {"fields": "meta.name"}))
+    except Exception as error:
+        if ours(error) is None:
+            raise
+        return []
+    return [str(dig(item, "meta.name")) for item in items]
+
+
 def _unknown(croft: Croft, name: str) -> Exception:
     from undercroft.model.errors import NotFoundError
 
@@ -92,5 +103,10 @@ def _unknown(croft: Croft, name: str) -> Exception:
         return NotFoundError(
             f"there is no image {name}, but a file of that name",
             action=f"make an image of it: croft image import {name} --name NAME",
+        )
+    if name in template_names(croft):
+        return NotFoundError(
+            f"there is no image {name}, but a template",
+            action=f"make a VM of it: croft clone {name} NAME --start",
         )
     return NotFoundError(f"image {name} not found", object=f"image {name}")

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.cli.fake_api import task, vm
+from tests.unit.cli.fake_api import page, task, vm
 
 
 def _tasks(count: int) -> list[dict[str, Any]]:
@@ -53,3 +53,12 @@ def test_a_clone_that_does_not_start_is_there_all_the_same(croft, api, words, st
     done = croft("clone", "web1", "web2", *words)
     assert (done.code, "no memory" in done.err) == (1, True)
     assert ("vm web2 is there, switched off" in done.err) == told
+
+
+def test_a_source_that_is_neither_vm_nor_template(croft, api):
+    api.routes["GET", "/v1/vms"] = page(vm("web1"))
+    api.routes["GET", "/v1/templates"] = page({"meta": {"name": "tl:v1"}})
+    done = croft("clone", "tl", "l2")
+    assert done.code == 3
+    assert "there is no VM or template tl (not-found)" in done.err
+    assert "did you mean tl:v1?" in done.err

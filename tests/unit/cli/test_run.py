@@ -167,6 +167,15 @@ def test_a_file_is_no_image_yet(croft, ready, tmp_path: Path):
     assert "croft image import" in done.err
 
 
+def test_a_template_is_no_image(croft, ready):
+    ready.routes["GET", "/v1/catalogue"] = page()
+    ready.routes["GET", "/v1/templates"] = page({"meta": {"name": "tw"}})
+    done = croft("run", "tw")
+    assert done.code == 3
+    assert "there is no image tw, but a template" in done.err
+    assert "croft clone tw NAME --start" in done.err
+
+
 def test_json_and_detach(croft, ready):
     done = croft("run", "debian:12", "--no-ssh-key", "--json")
     assert json.loads(done.out)["meta"]["name"] == "web1"
