@@ -21,7 +21,7 @@ from undercroft.model.errors import DataError
 from undercroft.model.export import Export, ExportFile, ExportFormat, VmdkKind
 from undercroft.model.image import Image
 from undercroft.model.template import Template
-from undercroft.model.vm import DiskBus, Firmware, VMSpec
+from undercroft.model.vm import DiskBus, Firmware, Machine, VMSpec
 from undercroft.storage.appliance.descriptor import (
     OutDisk,
     OutMachine,
@@ -157,11 +157,12 @@ async def _machine(
         )
         nvram = await asyncio.to_thread(_small, directory / _NVRAM)
     image: str | None = None
+    firmware = shape.firmware
     if shape.firmware is Firmware.KERNEL and shape.image is not None:
         found = await environment.store.get(Image, shape.image)
-        name = found.record.meta.name if found is not None else "?"
         image = found.record.status.digest if found is not None else None
-        notes.append(f"it boots the kernel of image {name}, which does not go with it")
+        firmware, note = boots_elsewhere(shape, found.record if found is not None else None)
+        notes.append(note)
     if shape.tpm:
         notes.append("its TPM begins anew elsewhere: secrets of a TPM do not leave the host")
     if any(drive.medium for drive in shape.cdroms):
@@ -174,7 +175,7 @@ async def _machine(
         cpus=shape.cpus,
         memory=shape.memory,
         arch=shape.arch,
-        firmware=shape.firmware,
+        firmware=firmware,
         secure_boot=shape.secure_boot,
         tpm=shape.tpm,
         disks=(),
@@ -183,6 +184,20 @@ async def _machine(
         image=image,
     )
     return machine, nvram, notes
+
+
+def boots_elsewhere(shape: VMSpec, image: Image | None) -> tuple[Firmware, str]:
+    """What a VM that boots its image's kernel boots by where that is not, and what to say of it."""
+    name = image.meta.name if image is not None else "?"
+    kernel = f"it boots the kernel of image {name}, which does not go with it"
+    content = image.status.content if image is not None else None
+    if content is None:
+        return Firmware.KERNEL, kernel
+    if content.disk is None:
+        return Firmware.KERNEL, f"{kernel}: it will not boot elsewhere"
+    firmware = Firmware.UEFI if shape.machine is Machine.VIRT else Firmware.BIOS
+    loader = f"its own boot loader ({firmware.upper()})"
+    return firmware, f"it boots the kernel of image {name}; elsewhere it boots by {loader}"
 
 
 def _small(path: Path) -> bytes | None:

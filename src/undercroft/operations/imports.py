@@ -171,13 +171,16 @@ class ImportOperations:
                 )
             return found.record, [Check(Image, found.record.meta.id, found.revision)]
         firmware = request.firmware or examined.appliance.firmware
-        if firmware is not Firmware.KERNEL:
+        direct = firmware is Firmware.KERNEL
+        # One that also boots by firmware goes on as it was where its image is, and else by that.
+        if not direct and (request.firmware is not None or examined.image is None):
             return None, []
         for item in (await store.list(Image)).items:
             status = item.record.status
             if status.state is ImageState.READY and status.digest == examined.image:
                 return item.record, [Check(Image, item.record.meta.id, item.revision)]
-        notes.append("the image whose kernel it booted is not here: name one with --image")
+        if direct:
+            notes.append("the image whose kernel it booted is not here: name one with --image")
         return None, []
 
 

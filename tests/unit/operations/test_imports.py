@@ -40,7 +40,8 @@ OTHERS = Appliance(
 
 async def made(world: World, appliance: Appliance = OTHERS, **values: Any) -> tuple[VM, list[str]]:
     """The VM, and what is said of it."""
-    world.services.examined = Examined(appliance, None, str(values.pop("arch", "x86_64")))
+    image = values.pop("image_digest", None)
+    world.services.examined = Examined(appliance, image, str(values.pop("arch", "x86_64")))
     request = msgspec.convert({"upload": KEY, **values}, ImportCreate)
     task = await world.operations.imports.create(SYSTEM, request)
     vm = (await find(world.store, VM, task.spec.object.id)).record
@@ -130,6 +131,22 @@ async def test_a_kernel_that_is_not_here(world: World) -> None:
     vm, notes = await made(world, appliance)
     assert vm.spec.firmware is Firmware.BIOS
     assert any("--image" in note for note in notes)
+
+
+async def test_one_that_also_boots_by_firmware_has_its_kernel_again_where_that_is(
+    world: World,
+) -> None:
+    """What debian:12 exports says BIOS, for others, and which image's kernel it booted."""
+    appliance = msgspec.structs.replace(OTHERS, firmware=Firmware.BIOS)
+    vm, notes = await made(world, appliance, image_digest="ab" * 32)
+    assert (vm.spec.firmware, vm.spec.image) == (Firmware.BIOS, None)
+    assert not any("--image" in note for note in notes)
+    image = await world.image("debian:12", kernel="kernel")
+    digest = image.status.digest
+    vm, _ = await made(world, appliance, image_digest=digest)
+    assert (vm.spec.firmware, vm.spec.image) == (Firmware.KERNEL, image.meta.id)
+    vm, _ = await made(world, appliance, image_digest=digest, firmware="bios")
+    assert (vm.spec.firmware, vm.spec.image) == (Firmware.BIOS, None)
 
 
 @pytest.mark.parametrize(
