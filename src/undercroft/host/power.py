@@ -305,7 +305,7 @@ async def suspend(actor: VMActor, vm: VM, run: TaskRun) -> Outcome:
     """Saves memory and devices to disk and ends the process."""
     saved = actor.environment.suspended_path(vm.meta.id)
     if actor.machine is not None:
-        check_can_be_saved(vm)
+        check_can_be_saved(vm, "suspend")
         await asyncio.gather(run.progress(0.0, "saving memory"), _tell(actor, VMState.SUSPENDING))
         if saved.exists():  # a daemon died just before this: the guest has not run since
             await actor.machine.quit()

@@ -92,7 +92,7 @@ async def taken(actor: VMActor, vm: VM, run: TaskRun) -> Snapshot:
     environment = actor.environment
     machine = actor.machine
     if machine is not None and run.arguments["spec"].get("memory"):
-        check_can_be_saved(vm)
+        check_can_be_saved(vm, "snapshot")
     snapshot = await _begin(actor, vm, run)
     if machine is not None and snapshot.spec.memory and snapshot.status.running:
         await machine.stop_saving()  # which a daemon that died had begun

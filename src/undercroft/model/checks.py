@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from typing import Literal
 
 from undercroft.model.errors import InvalidError, UnsupportedError
 from undercroft.model.units import MiB, TiB, format_size
@@ -112,8 +113,18 @@ def _check_machine(spec: VMSpec) -> None:
         raise UnsupportedError("a microvm has no TPM", action="use --machine q35")
 
 
-def check_can_be_saved(vm: VM) -> None:
-    """Does nothing if what a VM has in memory can be written to a file.
+_Saved = Literal["suspend", "snapshot", "template", "clone"]
+# What to do where memory cannot be saved, by what it was to be saved for.
+_OTHERWISE: dict[_Saved, str] = {
+    "suspend": "shut it down: croft stop {name}",
+    "snapshot": "take the snapshot without --memory",
+    "template": "make the template without --memory",
+    "clone": "croft clone {name} NAME --linked",
+}
+
+
+def check_can_be_saved(vm: VM, what: _Saved) -> None:
+    """Does nothing if what a VM has in memory can be written to a file, for ``what`` was asked.
 
     Raises:
         UnsupportedError: it has a disk whose state cannot.
@@ -122,8 +133,8 @@ def check_can_be_saved(vm: VM) -> None:
         raise UnsupportedError(
             f"{vm.label} has an NVMe disk, which QEMU cannot save together with its memory",
             object=vm.label,
-            action="use bus virtio or scsi; or do it without the memory: stop it, "
-            "take a snapshot without --memory, clone with --linked",
+            action=f"{_OTHERWISE[what].format(name=vm.meta.name)}, "
+            "or give it disks with bus virtio or scsi",
         )
 
 

@@ -94,7 +94,7 @@ class SnapshotOperations:
 
         async def prepare(vm: VM, volumes: Volumes) -> tuple[VM, dict[str, object]]:
             if request.memory and vm.status.state.alive:
-                check_can_be_saved(vm)
+                check_can_be_saved(vm, "snapshot")
             name = request.name or await self._free_name(vm)
             if await self._context.store.resolve(snapshot_scope(vm.meta.id), name) is not None:
                 raise already_taken(vm, name)

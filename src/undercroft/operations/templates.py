@@ -82,7 +82,7 @@ class TemplateOperations:
             await check_settled(context, vm)
             if request.memory:
                 check_has_memory(vm)
-                check_can_be_saved(vm)
+                check_can_be_saved(vm, "template")
             template = Template(
                 meta=Meta(
                     id=new_id("template"),

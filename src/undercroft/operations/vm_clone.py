@@ -91,7 +91,7 @@ async def clone_vm(context: Context, caller: Caller, ref: str, request: CloneReq
                 state=vm.status.state,
             )
         if instant:
-            check_can_be_saved(vm)
+            check_can_be_saved(vm, "clone")
         template = Template(
             meta=Meta(
                 id=(id := new_id("template")),

@@ -91,7 +91,7 @@ def can_suspend(vm: VM) -> None:
     be done."""
     if vm.spec.power not in (Power.RUNNING, Power.PAUSED) or _rests(vm):
         raise _refuse(vm, "suspended")
-    check_can_be_saved(vm)
+    check_can_be_saved(vm, "suspend")
 
 
 def can_restart(vm: VM) -> None:

@@ -94,5 +94,5 @@ def already_exists(name: str) -> AlreadyExistsError:
     return AlreadyExistsError(
         f"volume {name} already exists",
         object=f"volume {name}",
-        action=f"choose another name, or: croft volume rm {name}",
+        action="choose another name",
     )

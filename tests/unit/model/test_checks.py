@@ -1,15 +1,20 @@
 """Which specs make sense; and that nonsense is refused with an error of ours."""
 
+from typing import Literal
+
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from undercroft.model.checks import MAX_MEMORY, MIN_MEMORY, check_vm_spec
+from undercroft.model.base import Meta
+from undercroft.model.checks import MAX_MEMORY, MIN_MEMORY, check_can_be_saved, check_vm_spec
 from undercroft.model.errors import InvalidError, UndercroftError, UnsupportedError
 from undercroft.model.units import MiB, TiB
 from undercroft.model.vm import (
+    VM,
     Disk,
+    DiskBus,
     Display,
     Firmware,
     Forward,
@@ -191,3 +196,20 @@ def test_good_volume_sizes(size: int) -> None:
 def test_bad_volume_sizes(size: int) -> None:
     with pytest.raises(InvalidError):
         check_volume_size(size)
+
+
+def test_what_to_do_instead_is_what_was_asked_for_without_the_memory():
+    disks = (Disk(volume="vol-0000000000000000", bus=DiskBus.NVME),)
+    vm = VM(meta=Meta(id="vm-0000000000000000", name="web1", created=1.0), spec=spec(disks=disks))
+    expected: dict[Literal["suspend", "snapshot", "template", "clone"], str] = {
+        "suspend": "shut it down: croft stop web1",
+        "snapshot": "take the snapshot without --memory",
+        "template": "make the template without --memory",
+        "clone": "croft clone web1 NAME --linked",
+    }
+    for what, otherwise in expected.items():
+        with pytest.raises(UnsupportedError) as refused:
+            check_can_be_saved(vm, what)
+        action = refused.value.action
+        assert action == f"{otherwise}, or give it disks with bus virtio or scsi"
+        check_can_be_saved(msgspec.structs.replace(vm, spec=spec()), what)

@@ -183,8 +183,9 @@ async def test_a_clone_is_not_smaller_and_has_a_name_of_its_own(world: World) ->
     clone = world.operations.volumes.clone
     with pytest.raises(InvalidError, match="a clone of 512M is smaller than volume data with 1G"):
         await clone(SYSTEM, "data", VolumeClone(name="b", size=GiB // 2))
-    with pytest.raises(AlreadyExistsError):
+    with pytest.raises(AlreadyExistsError) as taken:
         await clone(SYSTEM, "data", VolumeClone(name="data"))
+    assert taken.value.action == "choose another name"  # and not: remove that one
     await world.image("both")
     await made(world, "both")
     with pytest.raises(InvalidError, match="image and of a volume"):
