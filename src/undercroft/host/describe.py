@@ -11,6 +11,7 @@ from pathlib import Path
 from undercroft import __version__
 from undercroft.hypervisor.emulator import Emulator
 from undercroft.model.host import AcceleratorStatus, HostStatus
+from undercroft.storage.files import whole_space
 
 
 async def describe(
@@ -35,13 +36,12 @@ def _describe(
     firmware: tuple[str, ...],
     started: float,
 ) -> HostStatus:
-    usage = os.statvfs(data)
+    capacity, free = whole_space(data)
     problems = []
     if emulator is None:
         problems.append("QEMU is not installed: no VM can start (script/setup installs it)")
     if not any(a.available and a.name == "kvm" for a in accelerators):
         problems.append("KVM does not work here, so guests run by emulation (TCG), much slower")
-    free = usage.f_bavail * usage.f_frsize
     if free < 1 << 30:
         problems.append(f"only {free >> 20}M are free below {data}")
     return HostStatus(
@@ -53,7 +53,7 @@ def _describe(
         cpus=len(os.sched_getaffinity(0)),
         memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         data=str(data),
-        disk_total=usage.f_blocks * usage.f_frsize,
+        disk_total=capacity,
         disk_free=free,
         qemu=emulator.version_text if emulator is not None else None,
         architectures=architectures,

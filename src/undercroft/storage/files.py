@@ -62,6 +62,15 @@ def no_space(what: str, directory: Path, needed: int | None = None) -> NoSpaceEr
     )
 
 
+def whole_space(directory: Path) -> tuple[int, int]:
+    """Bytes that can be used in the file system of a directory, as ``df`` counts them, and those of
+    them that are free. What only root may write is in neither: guests' disks are not to fill it."""
+    status = os.statvfs(directory)
+    used = (status.f_blocks - status.f_bfree) * status.f_frsize
+    free = status.f_bavail * status.f_frsize
+    return used + free, free
+
+
 def free_space(directory: Path) -> int:
     """Bytes that this user can still write in the file system of a directory."""
     status = os.statvfs(directory)

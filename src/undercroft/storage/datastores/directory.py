@@ -14,7 +14,12 @@ from pathlib import Path
 
 from undercroft.model.errors import AlreadyExistsError, DataError, UnavailableError
 from undercroft.storage.datastores.interface import Space
-from undercroft.storage.files import disk_full_is_clear, sync_directory, write_durably
+from undercroft.storage.files import (
+    disk_full_is_clear,
+    sync_directory,
+    whole_space,
+    write_durably,
+)
 from undercroft.storage.reflink import can_reflink, copy_file
 from undercroft.storage.threads import in_thread
 from undercroft.storage.volumes import LayerFile, copy_chain, create_volume
@@ -134,11 +139,8 @@ class DirectoryDriver:
     async def space(self) -> Space:
         """See `Driver.space`."""
         await self.check()
-        status = await asyncio.to_thread(os.statvfs, self._path)
-        # What only root may write counts as used: QEMU's files are root's, but not for guests.
-        used = (status.f_blocks - status.f_bfree) * status.f_frsize
-        free = status.f_bavail * status.f_frsize
-        return Space(capacity=used + free, free=free)
+        capacity, free = await asyncio.to_thread(whole_space, self._path)
+        return Space(capacity=capacity, free=free)
 
 
 def read_marker(path: Path) -> str | None:
