@@ -36,13 +36,16 @@ def warm_key(
     """What VMs have in common that can go on from the same memory; None: this one must boot.
 
     It must if its guest is to be told more at its first boot than a name and keys (also by a disc),
-    if nobody could tell it afterwards (no agent), or if it has secrets of its own in memory (a
-    TPM).
+    if nobody could tell it afterwards (no agent), if it has secrets of its own in memory (a
+    TPM), or if its disk is encrypted: the template would keep in the clear what its guest had read
+    of that, and a key for good.
     """
     guest = vm.spec.guest
     if not request.start or request.cold or content is None or not content.agent:
         return None
     if guest.password_hash or guest.user_data or vm.spec.tpm or len(volumes) > 1:
+        return None
+    if any(volume.spec.encrypted for volume in volumes):
         return None
     if vm.spec.cdroms:
         return None

@@ -98,6 +98,7 @@ async def test_what_must_boot(world: World, image: str) -> None:
         {"cold": True},
         {"start": False},
         {"tpm": True},
+        {"encrypt": True},  # its memory would be kept in the clear
         {"guest": Guest(password_hash="$6$salt$" + "x" * 40)},
         {"guest": Guest(user_data="#cloud-config")},
         {"guest": Guest(user="somebody")},
