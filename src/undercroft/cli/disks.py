@@ -89,7 +89,8 @@ class Attach(Command):
 
     description = """
         Gives a volume to a VM as a disk. A running guest has it at once; you find it there by its
-        serial number, which begins like the volume's id without vol-: lsblk -o NAME,SIZE,SERIAL.
+        serial number, which begins like the volume's id without vol-: lsblk -o NAME,SIZE,SERIAL,
+        or in tiny cat /sys/block/vdb/serial.
         While the VM runs, SATA disks cannot be attached, and a microvm takes none.
     """
     examples = (
