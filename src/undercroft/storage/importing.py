@@ -107,7 +107,7 @@ def _receive(
     fd = open_plain(source)
     try:
         # A quick look before the copy, so that nonsense is refused without waiting for it.
-        format = options.format or recognise(fd)
+        format = options.format or recognise(fd, name=source.name)
         inspected = inspect(fd, format, options.limits)
         status = os.fstat(fd)
         copying = 0 if options.take else min(status.st_blocks * 512, status.st_size)

@@ -243,3 +243,12 @@ def test_tables_that_point_at_one_another_are_counted_not_followed(tmp_path: Pat
     l2 = image[4 * CLUSTER : 4 * CLUSTER + 8]
     image[4 * CLUSTER : 5 * CLUSTER] = l2 * (CLUSTER // 8)
     assert look(bytes(image), DiskFormat.QCOW2).data_size == 8 * GiB
+
+
+def test_what_is_called_as_a_disc_is_not_to_be_taken_for_a_raw_disk(tmp_path: Path):
+    junk = tmp_path / "junk.ISO"
+    junk.write_bytes(b"junk" * 4096)
+    with junk.open("rb") as file, pytest.raises(InvalidError) as refused:
+        recognise(file.fileno(), name=junk.name)
+    assert "--cdrom" in str(refused.value.action)
+    assert "raw" not in str(refused.value.action)

@@ -88,7 +88,7 @@ def open_package(
             action="give croft the .ovf with its disks beside it, or make an OVA of them",
         )
     whole = Member(name, 0, size)
-    source = _disk(fd, whole, format or recognise(fd), limits, {})
+    source = _disk(fd, whole, format or recognise(fd, name=name), limits, {})
     disk = ApplianceDisk(file=name, size=source.virtual_size, format=source.format)
     return Package(
         Appliance(name=name, disks=(disk,), ports=(AppliancePort(network=""),)), [source]

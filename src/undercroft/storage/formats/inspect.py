@@ -29,11 +29,11 @@ _ARCHIVES = {
 }
 
 
-def recognise(fd: int, start: int = 0) -> DiskFormat:
+def recognise(fd: int, start: int = 0, name: str = "") -> DiskFormat:
     """The format of an image that begins at ``start`` of an open file, by its magic number.
 
     Raw has none: a raw disk could begin with whatever the guest wrote there, so it has to be stated
-    (CVE-2008-2004 and many since are about guessing here).
+    (CVE-2008-2004 and many since are about guessing here). ``name`` is that of the file, for hints.
 
     Raises:
         InvalidError: no magic number is known, or it is a compressed file or a disc.
@@ -49,15 +49,21 @@ def recognise(fd: int, start: int = 0) -> DiskFormat:
         return DiskFormat.VPC
     if head[vdi.SIGNATURE_AT : vdi.SIGNATURE_AT + 4] == vdi.SIGNATURE:
         return DiskFormat.VDI
-    for magic, name in _ARCHIVES.items():
+    for magic, packer in _ARCHIVES.items():
         if head.startswith(magic):
             raise InvalidError(
-                f"the image is compressed ({name})", action=f"unpack it first (it is a {name} file)"
+                f"the image is compressed ({packer})",
+                action=f"unpack it first (it is a {packer} file)",
             )
     if is_disc(os.pread(fd, DISC_SIZE, start + DISC_AT)):
         raise InvalidError(
             "the image is one of a disc (CD, DVD), not of a disk",
             action="put it into a drive: croft run --disk 20G --cdrom FILE, croft cdrom insert",
+        )
+    if name.lower().endswith(".iso"):
+        raise InvalidError(
+            "it is called .iso, but is neither a disc (CD, DVD) nor a disk that is known",
+            action="fetch it anew; a disc goes into a drive: croft run --disk 20G --cdrom FILE",
         )
     raise InvalidError(
         "the format of the image cannot be told from its content",
