@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,9 @@ class Emulators:
         environ = {} if mark is None else {MARK: str(mark)}
         process = subprocess.Popen([program or self._program, "600"], env=environ)
         self._started.append(process)
+        # It has begun a moment before the kernel knows where its environment is.
+        while not Path("/proc", str(process.pid), "cmdline").read_bytes():
+            time.sleep(0.001)
         return process.pid
 
     def lives(self, pid: int) -> bool:
