@@ -185,7 +185,8 @@ class Store(Protocol):
     async def transact(self, transaction: Transaction) -> int:
         """Carries the transaction out, durably, and returns its revision.
 
-        A caller that is cancelled while it waits does not know whether it was carried out.
+        A caller that is cancelled while it waits does not know whether it was carried out; but it
+        will not be later.
 
         Raises:
             StaleError: a check failed; ``data`` has ``kind``, ``id``, ``expected`` (a revision, 0:

@@ -16,6 +16,7 @@ from undercroft.api.examples import EXAMPLES
 from undercroft.client.client import Client
 from undercroft.client.raw import quote, target
 from undercroft.model.vm import VMState
+from undercroft.operations import backups
 
 METHODS = {"get", "post", "put", "patch", "delete"}
 
@@ -149,9 +150,12 @@ def bodies(
     }.get(str(kind), values)
 
 
-def test_made_up_requests(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_made_up_requests(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No request, however odd, makes a fault of ours (500), an answer that is not described, or an
     error that is no problem document."""
+    monkeypatch.setattr(backups, "PATIENCE", 0.05)  # nobody here carries out tasks
     base = tmp_path_factory.mktemp("made-up")
     loop = asyncio.new_event_loop()
     context = running_world(Path(base) / "data")

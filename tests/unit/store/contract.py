@@ -435,6 +435,18 @@ class ConcurrencyContract(Base):
                 assert f"n{n}" in names
         await store.transact(Transaction(puts=[Put(vm())]))
 
+    async def test_what_was_cancelled_does_not_happen_later(self, store: Store):
+        for n in range(20):
+            one = vm(f"n{n}")
+            id = one.meta.id
+            task = asyncio.create_task(store.transact(Transaction(puts=[Put(one)])))
+            await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait({task})
+            at_once = await store.get(VM, id)
+            await store.transact(Transaction(puts=[Put(vm())]))
+            assert await store.get(VM, id) == at_once
+
     async def test_update_of_what_is_not_there(self, store: Store):
         assert await update(store, VM, "vm-0000000000000000", lambda record: record) is None
 

@@ -297,7 +297,7 @@ class WatchContract(Base):
     async def test_list_then_watch_gives_the_present(self, store: Store):
         """The pattern of every controller, while others write."""
         ids = [vm().meta.id for _ in range(5)]
-        done = asyncio.Event()
+        last = vm(id=ids[0], cpus=1000)
 
         async def write(n: int) -> None:
             for round in range(20):
@@ -312,7 +312,7 @@ class WatchContract(Base):
             state: dict[str, object] = {i.record.meta.id: i.record for i in listing.items}
             async with contextlib.aclosing(store.watch([VM], listing.revision)) as watch:
                 seen = listing.revision
-                while not (done.is_set() and seen >= end):
+                while state.get(ids[0]) != last:
                     changes = await anext(watch)
                     assert changes.revision > seen
                     seen = changes.revision
@@ -323,13 +323,11 @@ class WatchContract(Base):
                             state[change.id] = change.record
             return state
 
-        end = 1 << 62
         writers = [asyncio.create_task(write(n)) for n in range(4)]
         await asyncio.sleep(0.01)
         followers = [asyncio.create_task(follow()) for _ in range(3)]
         await asyncio.gather(*writers)
-        done.set()
-        end = await store.transact(Transaction(puts=[Put(vm(id=ids[0], cpus=7))]))
+        await store.transact(Transaction(puts=[Put(last)]))
         listing = await store.list(VM)
         expected = {item.record.meta.id: item.record for item in listing.items}
         async with asyncio.timeout(GUARD):

@@ -119,7 +119,16 @@ class SQLiteStore:
         for put in transaction.puts:
             if put.lease is not None:
                 self._leases.check(put.lease)
-        return await self._writer.submit(prepared)
+        done = self._writer.submit(prepared)
+        try:
+            return await asyncio.shield(done)
+        except asyncio.CancelledError:
+            # It is carried out all the same, and must not be after who was cancelled, or whoever
+            # goes on in its place, has looked at what there is.
+            await asyncio.wait({done})
+            if not done.cancelled():
+                done.exception()  # seen
+            raise
 
     def watch(self, kinds: Sequence[type[Record]], from_revision: int) -> SQLiteWatch:
         """See `Store.watch`."""
