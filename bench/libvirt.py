@@ -228,6 +228,15 @@ def domain_xml(plan: MachinePlan, line: CommandLine, name: str, serial: Path) ->
             f"function='0x{found[2]}'{more}/>"
         )
 
+    if any(argument.startswith("VGA,") for argument in line.argv):
+        screen = (
+            f"<controller type='usb' model='qemu-xhci' ports='4'>{place('qemu-xhci')}</controller>"
+            "<input type='tablet' bus='usb'/>"
+            f"<video><model type='vga' vram='16384'/>{place('VGA')}</video>"
+        )
+    else:
+        screen = "<controller type='usb' model='none'/><video><model type='none'/></video>"
+
     return f"""\
 <domain type='{"qemu" if tcg else "kvm"}' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
   <name>{escape(name)}</name>
@@ -248,8 +257,7 @@ def domain_xml(plan: MachinePlan, line: CommandLine, name: str, serial: Path) ->
   </clock>
   <devices>
     <emulator>{escape(line.argv[0])}</emulator>
-    <controller type='usb' model='qemu-xhci' ports='4'>{place("qemu-xhci")}</controller>
-    <input type='tablet' bus='usb'/>
+    {screen}
     <controller type='virtio-serial'>{place("virtio-serial-pci")}</controller>
     <serial type='unix'>
       <source mode='connect' path='{escape(str(serial))}'/>
@@ -258,7 +266,6 @@ def domain_xml(plan: MachinePlan, line: CommandLine, name: str, serial: Path) ->
     <channel type='unix'>
       <target type='virtio' name='org.qemu.guest_agent.0'/>
     </channel>
-    <video><model type='vga' vram='16384'/>{place("VGA")}</video>
     <rng model='virtio'><backend model='builtin'/>{place("virtio-rng-pci")}</rng>
     <memballoon model='virtio' freePageReporting='on'>{place("virtio-balloon-pci")}</memballoon>
     <panic model='isa'/>

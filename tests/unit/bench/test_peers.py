@@ -61,6 +61,14 @@ def test_the_domain_has_our_devices_at_their_places(line):
     assert set(places) == {"virtio-net-pci"}  # handed on as it is
 
 
+def test_a_machine_without_a_screen_is_one_there_too():
+    plan = msgspec.structs.replace(PLAN, display=Display.NONE)
+    domain = ET.fromstring(domain_xml(plan, command_line(plan, EMULATOR), "web1", Path("/s")))
+
+    assert [video.get("type") for video in domain.iterfind("devices/video/model")] == ["none"]
+    assert domain.find("devices/input") is None
+
+
 def test_the_domain_boots_the_same_and_has_no_way_out(line):
     domain = ET.fromstring(domain_xml(PLAN, line, "a&b", Path("/s")))
 
