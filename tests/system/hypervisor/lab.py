@@ -112,6 +112,22 @@ class Lab:
         self._machines.append(machine)
         return machine
 
+    async def adopt(self, machine: QemuMachine) -> QemuMachine:
+        """Takes over a machine as the next daemon would."""
+        plan = machine.plan
+        again = await QemuMachine.adopt(
+            machine.instance, Path(plan.run_directory), Path(plan.directory)
+        )
+        assert again is not None
+        return self.keep(again)
+
+    async def back_at(self, machine: QemuMachine) -> Guest:
+        """The shell of a guest that was left there."""
+        guest = Guest(machine, await machine.console.attach(0))
+        await guest.type("")
+        await guest.until(b"# ")
+        return guest
+
     async def boot(self, **changes: Any) -> Guest:
         """Starts a machine and waits for its shell."""
         machine = await self.start(**changes)

@@ -17,7 +17,7 @@ from tests.system.hypervisor.lab import Guest, Lab, eventually
 from tests.system.hypervisor.test_suspend import begun, left
 from undercroft.hypervisor import livesave, migration
 from undercroft.hypervisor.branch import Branching
-from undercroft.hypervisor.machine import QemuMachine, RunState, suspended_plan
+from undercroft.hypervisor.machine import RunState, suspended_plan
 from undercroft.hypervisor.plan import DiskFormat, DiskLayer, PlanDisk
 from undercroft.hypervisor.qmp import Monitor
 from undercroft.model.errors import NoSpaceError, QmpError, TimeLimitError
@@ -107,9 +107,7 @@ async def test_state_and_disks_are_of_one_moment(lab: Lab, tmp_path: Path) -> No
         disks=(over(lab, saved.lower, "other"),),
     )
     machine = await lab.start(plan)
-    other = Guest(machine, await machine.console.attach(0))
-    await other.type("")
-    await other.until(b"# ")
+    other = await lab.back_at(machine)
     await other.run(STOP)
     assert await written(other) > 0
     assert await written(guest) == count  # what the one writes is not seen by the other
@@ -249,16 +247,10 @@ async def test_saver_killed_in_the_middle(lab: Lab, tmp_path: Path) -> None:
     await machine.detach()
     with pytest.raises(Exception):  # noqa: B017 - whatever it is, it ends
         await saving
-    again = await QemuMachine.adopt(
-        machine.instance, Path(machine.plan.run_directory), Path(machine.plan.directory)
-    )
-    assert again is not None
-    lab.keep(again)
+    again = await lab.adopt(machine)
     await again.stop_saving()
     await eventually(lambda: again.run_state is RunState.RUNNING)
-    guest = Guest(again, await again.console.attach(0))
-    await guest.type("")
-    await guest.until(b"# ")
+    guest = await lab.back_at(again)
     disks = (saved.upper,) if not await again.branched((saved.upper,)) else again.plan.disks
     await again.save_live(path, disks)
     assert await guest.run("echo on") == "on"
@@ -278,16 +270,10 @@ async def test_one_that_nobody_follows_any_more_goes_on_when_it_is_told_to(
     monkeypatch.setattr(Branching, "commit", die)
     with pytest.raises(QmpError):
         await saved.save(tmp_path / "memory")
-    again = await QemuMachine.adopt(
-        machine.instance, Path(machine.plan.run_directory), Path(machine.plan.directory)
-    )
-    assert again is not None
-    lab.keep(again)
+    again = await lab.adopt(machine)
     assert again.run_state is RunState.PAUSED
     await again.resume()
-    guest = Guest(again, await again.console.attach(0))
-    await guest.type("")
-    await guest.until(b"# ")
+    guest = await lab.back_at(again)
     assert await guest.run("echo on") == "on"
 
 

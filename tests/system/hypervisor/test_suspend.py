@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from tests.system.hypervisor.lab import Guest, Lab, eventually, fill
+from tests.system.hypervisor.lab import Lab, eventually, fill
 from undercroft.hypervisor.machine import QemuMachine, RunState, suspended_plan
 from undercroft.hypervisor.state_file import discard_state
 from undercroft.model.errors import DataCorruptError, NoSpaceError
@@ -50,9 +50,7 @@ async def test_round_trip(lab: Lab, tmp_path: Path) -> None:
     machine = await lab.start(msgspec.structs.replace(plan, incoming=str(path)))
     assert machine.run_state is RunState.RUNNING
     assert held(machine, path) == []
-    guest = Guest(machine, await machine.console.attach(0))
-    await guest.type("")
-    await guest.until(b"# ")
+    guest = await lab.back_at(machine)
     assert await guest.run("cat /tmp/memory; head -n 1 /dev/vda") == "kept\r\nondisk"
     # It can be done again, also from a pause.
     await machine.pause()
@@ -96,17 +94,11 @@ async def test_suspender_killed_in_the_middle(lab: Lab, tmp_path: Path) -> None:
     await machine.detach()
     with pytest.raises(Exception):  # noqa: B017 - whatever it is, it ends
         await suspending
-    again = await QemuMachine.adopt(
-        machine.instance, Path(machine.plan.run_directory), Path(machine.plan.directory)
-    )
-    assert again is not None
-    lab.keep(again)
+    again = await lab.adopt(machine)
     assert again.run_state in (RunState.PAUSED, RunState.RUNNING)
     if again.run_state is RunState.PAUSED:
         await again.resume()
-    guest = Guest(again, await again.console.attach(0))
-    await guest.type("")
-    await guest.until(b"# ")
+    guest = await lab.back_at(again)
     assert await guest.run("echo on") == "on"
 
 
